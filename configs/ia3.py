@@ -1,0 +1,22 @@
+"""(IA)3: scales of keys, values and FFN units (Liu et al. 2022, arXiv 2205.05638).
+
+2 d + d_ff numbers a layer: the fewest of the deltas. They start at one, so weight decay would pull
+them towards zero and is off.
+
+    efft train --config=configs/ia3.py:task=rotten_tomatoes --workdir=runs/ia3
+"""
+
+from efft.config import default
+
+
+def get_config(arg=''):
+  config = default(arg)
+  config.method = {'ia3': {'fn': 'scale.ia3'}}
+  config.rules = (
+    ('params/head/.*', 'head'),
+    ('delta/.*', 'delta'),
+    ('params/.*', 'frozen'),
+  )
+  config.optim.lr = 2e-3
+  config.optim.groups = {'delta': {'weight_decay': 0.0}}
+  return config

@@ -1,0 +1,388 @@
+"""Configs: made by short Python functions, checked field by field, compared and hashed.
+
+A config file is a short Python function that takes `default(arg)` and changes a few lines:
+
+    from efft.config import default
+
+    def get_config(arg=''):
+      config = default(arg)
+      config.optim.lr = 1e-3
+      return config
+
+`load('configs/lora.py:task=reviews.csv,text=review')` runs it, `resolve(config)` checks every value
+and returns plain JSON-ready data. ml_collections takes True for an int, NaN for a float and a list
+of anything for a list, so no value is believed before `resolve`.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import math
+import re
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from efft.errors import InputError
+from efft.fields import FIELDS, RULES, TABLE, Field
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+OPEN = tuple(name for name, field in FIELDS.items() if field.check is TABLE)
+GROUP_FIELDS = ('lr', 'weight_decay', 'schedule')
+# `file.py:key=value,...`: every task field by its own name, and the two everybody sets.
+SHORT = {name.partition('.')[2]: name for name in FIELDS if name.startswith('task.')}
+SHORT |= {'task': SHORT.pop('name'), 'model': 'model.name'}
+REQUIRED = object()
+
+
+def nearest(name: str, names, cutoff: float = 0.6) -> str:
+  """The closest of `names`, or ''."""
+  return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), '')
+
+
+def unknown(where: str, what: str, name: str, names) -> InputError:
+  """The error for a name that does not exist, with the nearest that does."""
+  names = sorted(names)
+  close = nearest(name, names)
+  fix = f'did you mean {close}?' if close else 'see `efft train --helpfull`'
+  # Of many dotted names only the neighbours are of use in one line.
+  group = name.rpartition('.')[0]
+  near = [n for n in names if n.rpartition('.')[0] == group] or names
+  shown = ', '.join(near[:16]) + (', ...' if len(near) > 16 else '')
+  return InputError(where, f'unknown {what} {name!r}', f'one of {shown}' if near else 'none', fix)
+
+
+def default(arg: str = '') -> ConfigDict:
+  """The config of full fine-tuning with `arg` applied: 'task=reviews.csv,text=review,label=stars'.
+
+  Labels are separated by '|'. A value that holds a comma goes through `--config.FIELD=` instead.
+  """
+  config = ConfigDict()
+  for name, field in FIELDS.items():
+    group, _, key = name.rpartition('.')
+    if group and group not in config:
+      config[group] = ConfigDict()
+    kind = field.check.kind
+    value = ConfigDict() if kind is dict else FieldReference(field.default, field_type=kind)
+    (config[group] if group else config)[key] = value
+  for piece in filter(None, arg.split(',')):
+    key, equals, value = (part.strip() for part in piece.partition('='))
+    if not equals or not value:
+      found = repr(piece.strip())
+      raise InputError('--config=FILE:' + arg, found, 'key=value', "as in 'task=reviews.csv'")
+    if key not in SHORT:
+      raise unknown('--config=FILE:' + arg, 'key', key, SHORT)
+    _assign(config, SHORT[key], value.split('|') if key == 'labels' else value)
+  return config.lock()
+
+
+def _assign(config: ConfigDict, name: str, value: Any) -> None:
+  """Sets config.<name>; a string for a field that is not one is read as a Python literal."""
+  kind = FIELDS[name].check.kind
+  if isinstance(value, str) and kind is not str:
+    try:
+      value = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      pass
+  *groups, key = name.split('.')
+  for group in groups:
+    config = config[group]
+  config[key] = tuple(value) if kind is tuple else value
+
+
+def folders() -> list[Path]:
+  """Where config files are: `configs/` here, in the installed package, and in a source checkout."""
+  return [Path('configs'), PACKAGE / 'configs', PACKAGE.parent / 'configs']
+
+
+def find(path: str) -> Path:
+  """The config file at `path`; `configs/lora.py` also names the one that comes with efft."""
+  file = Path(path)
+  if file.parent == Path('configs'):
+    candidates = [folder / file.name for folder in folders()]
+  else:
+    candidates = [file]
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  known = {f'configs/{f.name}' for folder in folders() for f in folder.glob('*.py')}
+  close = nearest(f'configs/{file.stem}.py', known, 0.85)
+  fix = f'did you mean {close}?' if close else 'see `efft methods`'
+  raise InputError('--config', f'no file {path!r}', 'a config file', fix)
+
+
+def load(spec: str) -> ConfigDict:
+  """The locked config of 'FILE.py[:arg]', or of the config.json that an earlier run left.
+
+  Every option of the methods and every group of the rules is present afterwards, so that
+  `--config.method.lora.dropout=0.1` works without a line in the file.
+  """
+  path, _, arg = spec.partition(':')
+  file = find(path)
+  if file.suffix == '.json':
+    config = _from_json(file, arg)
+  else:
+    config = _from_python(file, arg)
+  missing = sorted(FIELDS.keys() - _flatten(config.to_dict()).keys())
+  if missing:
+    fix = 'start from efft.config.default(arg)'
+    raise InputError(str(file), f'no field {missing[0]}', 'every field', fix)
+  _checked('config.rules', config.rules, FIELDS['rules'])
+  with config.unlocked():
+    for name, method in config.method.items():
+      if not isinstance(method, ConfigDict):
+        raise InputError(f'config.method.{name}', repr(method), 'a dict', f'mend {file}')
+      given = {k: v for k, v in method.items() if k != 'fn'}
+      known = {k: v for k, v in signature(method.get('fn')).items() if v is not REQUIRED}
+      config.method[name] = ConfigDict({'fn': method.get('fn')})
+      for option, value in (known | given).items():
+        config.method[name][option] = FieldReference(value, field_type=object)
+    for group in {group for _, group in config.rules} - {'frozen'}:
+      if group not in config.optim.groups:
+        config.optim.groups[group] = ConfigDict()
+      for key in GROUP_FIELDS:
+        value = config.optim.groups[group].get(key)
+        config.optim.groups[group][key] = FieldReference(value, field_type=object)
+  return config.lock()
+
+
+def _from_python(file: Path, arg: str) -> ConfigDict:
+  # Not by an import: it would leave a __pycache__ beside the user's file.
+  namespace = {'__name__': f'config_{file.stem}', '__file__': str(file)}
+  try:
+    exec(compile(file.read_bytes(), str(file), 'exec'), namespace)
+    config = namespace['get_config'](arg)
+  except InputError:
+    raise
+  except Exception as error:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    line = lines[-1] if lines else getattr(error, 'lineno', None)
+    where = f'{file}:{line}' if line else str(file)
+    found = f'{type(error).__name__} {" ".join(str(error).split())!r}'
+    raise InputError(where, found, 'get_config(arg) to return a config', 'mend the file') from error
+  if not isinstance(config, ConfigDict):
+    found = f'get_config returning {type(config).__name__}'
+    raise InputError(str(file), found, 'a ConfigDict', 'start from efft.config.default(arg)')
+  return config
+
+
+def _from_json(file: Path, arg: str) -> ConfigDict:
+  try:
+    values = resolve(json.loads(file.read_text()))
+  except (ValueError, RecursionError) as error:
+    raise InputError(
+      str(file), str(error), 'the config.json of a run', 'pass another file'
+    ) from None
+  config = default()
+  for name, value in _flatten(values).items():
+    _assign(config, name, ConfigDict(value) if name in OPEN else value)
+  if arg:
+    raise InputError('--config', f'{arg!r} after a .json', 'no argument', 'use --config.FIELD=')
+  return config
+
+
+def _flatten(config, prefix='') -> dict[str, Any]:
+  flat = {}
+  for key, value in config.items():
+    name = f'{prefix}{key}'
+    if isinstance(value, dict) and name not in OPEN:
+      flat |= _flatten(value, f'{name}.')
+    else:
+      flat[name] = value
+  return flat
+
+
+def paths(config: ConfigDict) -> dict[str, Any]:
+  """Every dotted name that an override may set, methods and groups included, and its value."""
+  names = {}
+
+  def walk(node, prefix):
+    for key, value in node.items():
+      names[prefix + key] = value
+      if isinstance(value, ConfigDict):
+        walk(value, f'{prefix}{key}.')
+
+  walk(config, '')
+  return names
+
+
+def resolve(config: ConfigDict | dict) -> dict:
+  """The checked config as plain data that JSON gives back unchanged.
+
+  Raises InputError, one line that names the field, what it holds and what it should hold.
+  """
+  if isinstance(config, ConfigDict):
+    config = config.to_dict()
+  if not isinstance(config, dict):
+    raise InputError('config', type(config).__name__, 'a dict', 'use efft.config.load')
+  flat = _flatten(config)
+  for name in flat:
+    if name not in FIELDS:
+      raise unknown(f'config.{name}', 'field', name, FIELDS)
+  resolved = {}
+  for name, field in FIELDS.items():
+    value = flat.get(name, field.default)
+    if name == 'task.name' and not value:
+      fix = 'add it to the config, as in --config=configs/lora.py:task=rotten_tomatoes'
+      raise InputError('config.task.name', repr(value), 'a task, file or folder', fix)
+    *groups, key = name.split('.')
+    place = resolved
+    for group in groups:
+      place = place.setdefault(group, {})
+    place[key] = _checked(f'config.{name}', value, field)
+  resolved['method'] = {name: _method(name, spec) for name, spec in resolved['method'].items()}
+  trained = _trained_groups(resolved['rules'])
+  resolved['optim']['groups'] = _groups(resolved['optim']['groups'], trained)
+  return resolved
+
+
+def _checked(where: str, value: Any, field: Field) -> Any:
+  if not field.check.test(value):
+    fix = f'pass --{where}=... ({field.about})'
+    raise InputError(where, repr(value), field.check.expected, fix)
+  return field.check.cast(value)
+
+
+def _trained_groups(rules) -> list[str]:
+  for pattern, _ in rules:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise InputError(
+        'config.rules', repr(pattern), 'a regular expression', f'mend it: {error}'
+      ) from None
+  trained = [group for _, group in rules if group != 'frozen']
+  if not trained:
+    fix = "give what should train a group of its own, as in ('params/head/.*', 'head')"
+    raise InputError('config.rules', repr(rules), "a group besides 'frozen'", fix)
+  return trained
+
+
+def _groups(groups: dict, trained: list[str]) -> dict:
+  checked = {}
+  for group, options in groups.items():
+    where = f'config.optim.groups.{group}'
+    if not isinstance(options, dict):
+      raise InputError(where, repr(options), 'a dict', 'as in {"lr": 1e-3}')
+    if all(value is None for value in options.values()):
+      continue  # opened by `load`, and left alone
+    if group not in trained:
+      raise unknown('config.optim.groups', 'group', str(group), trained)
+    for key in options:
+      if key not in GROUP_FIELDS:
+        raise unknown(where, 'option', str(key), GROUP_FIELDS)
+    checked[group] = {
+      k: _checked(f'{where}.{k}', v, FIELDS[f'optim.{k}'])
+      for k, v in options.items()
+      if v is not None
+    }
+  return checked
+
+
+def _method(name: str, spec: Any) -> dict:
+  where = f'config.method.{name}'
+  if not isinstance(spec, dict) or not str(name).isidentifier():
+    fix = "as in {'lora': {'fn': 'lora.lora', 'rank': 8}}"
+    raise InputError(where, repr(spec), 'a name and its options', fix)
+  options = {key: value for key, value in spec.items() if key != 'fn'}
+  known = signature(spec.get('fn'))
+  for key in options:
+    if key not in known:
+      raise unknown(where, 'option', str(key), known)
+  for key, start in known.items():
+    value = options.setdefault(key, start)
+    if value is REQUIRED:
+      raise InputError(f'{where}.{key}', 'nothing', 'a value', f'pass --{where}.{key}=...')
+    options[key] = _like(f'{where}.{key}', value, start)
+  return {'fn': spec['fn'], **options}
+
+
+def _like(where: str, value: Any, start: Any) -> Any:
+  """`value`, if it is of the kind of the function's own default; None as a default says nothing."""
+  if start is not None and start is not REQUIRED:
+    kinds = (int, float) if type(start) is float else type(start)
+    if isinstance(start, list | tuple):
+      kinds = (list, tuple)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and type(start) is not bool):
+      expected = 'a number' if type(start) is float else f'a value like {start!r}'
+      raise InputError(where, repr(value), expected, f'pass --{where}=...')
+    value = float(value) if type(start) is float else value
+  if isinstance(value, float) and not math.isfinite(value):
+    raise InputError(where, repr(value), 'a finite number', f'pass --{where}=...')
+  return list(value) if isinstance(value, tuple) else value
+
+
+def signature(fn: Any, folder: Path = PACKAGE / 'peft') -> dict[str, Any]:
+  """Options of a method function 'module.function' and their defaults (REQUIRED: none).
+
+  Read from the source: importing it would load jax, which takes longer than refusing a typo may.
+  """
+  module, _, name = str(fn).partition('.')
+  file = folder / f'{module}.py'
+  if not isinstance(fn, str) or not module.isidentifier() or not file.is_file():
+    modules = [f.stem for f in folder.glob('*.py') if f.stem != '__init__']
+    raise unknown('config.method.*.fn', 'module', module, modules)
+  body = ast.parse(file.read_text(encoding='utf-8')).body
+  functions = {n.name: n for n in body if isinstance(n, ast.FunctionDef) and n.name[0] != '_'}
+  if name not in functions:
+    raise unknown('config.method.*.fn', 'function', fn, (f'{module}.{f}' for f in functions))
+  constants = {}
+  for node in body:
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+      try:
+        constants[node.targets[0].id] = ast.literal_eval(node.value)
+      except ValueError:
+        pass  # computed when the module runs: of no use as a default here
+
+  def value(node):
+    if node is None:
+      return REQUIRED
+    return constants[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+  args = functions[name].args
+  positional = args.posonlyargs + args.args
+  defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
+  return {
+    arg.arg: value(node) for arg, node in zip(positional + args.kwonlyargs, defaults, strict=True)
+  }
+
+
+def _steering(resolved: dict) -> dict[str, Any]:
+  return {k: v for k, v in _flatten(resolved).items() if k not in FIELDS or FIELDS[k].steers}
+
+
+def config_hash(resolved: dict) -> str:
+  """16 hex digits of what decides the result; logging, trackers and devices are left out."""
+  text = json.dumps(_steering(resolved), sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def difference(old: dict, new: dict) -> str:
+  """What decides the result and differs, 'optim.lr 0.001 -> 0.0003, seed 0 -> 1'; '' if nothing."""
+
+  def leaves(tree, prefix=''):
+    if not isinstance(tree, dict):
+      return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in leaves(sub, f'{prefix}.{key}').items()}
+
+  a, b = leaves(_steering(old)), leaves(_steering(new))
+  changed = [k for k in {**a, **b} if k not in a or k not in b or a[k] != b[k]]
+
+  def show(side, key):
+    return repr(side[key]) if key in side else 'absent'
+
+  return ', '.join(f'{key[1:]} {show(a, key)} -> {show(b, key)}' for key in changed)
+
+
+def describe() -> str:
+  """The table as text, one field a line: --config.NAME=default, then what it is."""
+  lines = []
+  for name, field in FIELDS.items():
+    shown = '...' if field.check in (RULES, TABLE) or name == 'task.name' else repr(field.default)
+    lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about)
+  return '\n'.join(lines)

@@ -1,0 +1,71 @@
+"""Where a result comes from: package versions, git commit, machine."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+from pathlib import Path
+
+PACKAGES = ('efft', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def describe() -> dict:
+  """Versions, commit, host, processor, memory and devices, for a record."""
+  import jax  # here, so that `versions` is quick
+
+  return {
+    'versions': versions(),
+    'git': git_commit(),
+    'python': platform.python_version(),
+    'host': platform.node(),
+    'cpu': _cpu(),
+    'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+  }
+
+
+def peak_memory() -> int:
+  """Bytes: the device's own count where it keeps one, else the process's largest resident set."""
+  import jax
+
+  stats = jax.local_devices()[0].memory_stats() or {}
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return stats.get('peak_bytes_in_use', resident)
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+  """{package: version} of those that are installed."""
+  found = {}
+  for name in packages:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+  """The commit efft runs from, '+' where files differ from it; None outside of its own checkout."""
+  root = Path(__file__).resolve().parents[1]
+  if not (root / '.git').exists():  # an installed efft inside somebody else's checkout
+    return None
+  try:
+    run = functools.partial(
+      subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
+    )
+    commit = run(['git', 'rev-parse', 'HEAD']).stdout.strip()
+    return commit + ('+' if run(['git', 'status', '--porcelain', '-uno']).stdout.strip() else '')
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _cpu() -> str:
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+  except (OSError, StopIteration):
+    return platform.processor() or platform.machine()

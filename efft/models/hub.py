@@ -1,0 +1,263 @@
+"""Checkpoints by folder or Hugging Face id: found, downloaded, read, and their tokenizers.
+
+Nothing in a model folder is imported or unpickled; of its JSON only known keys are read.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import tokenizers
+
+from efft.errors import EnvironmentProblem, InputError
+from efft.models import convert, weights
+from efft.models.encoder import EncoderConfig
+
+log = logging.getLogger(__name__)
+
+_VOCABULARIES = (
+  'vocab.txt',
+  'vocab.json',
+  'merges.txt',
+  'sentencepiece.bpe.model',
+  'spiece.model',
+)
+_FILES = (
+  'config.json', weights.SINGLE, weights.INDEX, 'model-*.safetensors', 'modules.json',
+  '1_Pooling/config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+  'added_tokens.json', *_VOCABULARIES,
+)  # fmt: skip
+_PROBLEMS = {
+  'single_label_classification': 'single',
+  'multi_label_classification': 'multi',
+  'regression': 'regression',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A pretrained encoder and where it came from.
+
+  Attributes:
+    params: the tree below 'params', f32 numpy arrays.
+    name: as the user wrote it.
+    sha256: over the weight files and config.json (`weights.digest`).
+    problem: 'single', 'multi' or 'regression', if the checkpoint says so.
+    labels: the checkpoint's own class names, if it has real ones.
+  """
+
+  cfg: EncoderConfig
+  params: dict
+  folder: Path
+  name: str
+  sha256: str
+  problem: str | None = None
+  labels: tuple[str, ...] | None = None
+
+
+def load(
+  name_or_path: str, *, num_labels: int, pooling: str = 'auto', head: str = 'new', key: jax.Array
+) -> Base:
+  """Reads an encoder.
+
+  Args:
+    name_or_path: see `resolve`.
+    num_labels: outputs of the classification head.
+    pooling: 'cls', 'mean', or 'auto': what a sentence encoder's 1_Pooling/config.json says, else
+      'cls'. A sentence encoder's 'cls' is read by the architecture's own head here.
+    head: 'new' draws a classification head with `key`, 'keep' takes the checkpoint's.
+
+  Raises InputError as `resolve`, `weights.Weights`, `convert.config_from_hf`, `convert.from_hf`.
+  """
+  folder = resolve(name_or_path)
+  file = folder / 'config.json'
+  config = weights.read_json(file)
+  if pooling == 'auto':
+    pooling = _pooling(folder)
+  cfg = convert.config_from_hf(config, num_labels=num_labels, pooling=pooling, where=str(file))
+  tensors = weights.Weights(folder)
+  params = convert.from_hf(tensors, cfg, head=head, key=key, where=str(folder))
+  return Base(
+    cfg, params, folder, str(name_or_path), weights.digest([file, *tensors.files]),
+    _PROBLEMS.get(str(config.get('problem_type'))), _labels(config.get('id2label')),
+  )  # fmt: skip
+
+
+def resolve(name_or_path: str) -> Path:
+  """The folder of a checkpoint: an existing one, a package's, or a hub id's, downloaded once.
+
+  A hub id that is wholly in the cache needs no network. Raises InputError for a path that is not
+  there and for a model the hub does not give, EnvironmentProblem where the hub is out of reach.
+  """
+  name = str(name_or_path)
+  folder = Path(name).expanduser()
+  if folder.is_dir():
+    return folder
+  if folder.exists():
+    raise InputError(name, 'a file', 'a folder with config.json and weights', 'pass its folder')
+  from efft.data import packages  # loads nothing heavy, but is of no use to most callers
+
+  if packaged := packages.model_folder(name):
+    return packaged
+  if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name) or '--' in name or '..' in name:
+    fix = 'check the path; a Hugging Face id looks like roberta-base or owner/name'
+    raise InputError('model.name', f'no folder {name!r}', 'a folder or a Hugging Face id', fix)
+  return _download(name)
+
+
+def tokenizer(folder: Path, vocab_size: int | None = None) -> tokenizers.Tokenizer:
+  """The checkpoint's fast tokenizer, without padding and truncation.
+
+  Without a tokenizer.json, transformers converts the vocabulary, from a copy of the known files
+  only. With `vocab_size`, ids that the embedding table does not have are an error.
+  """
+  file = Path(folder) / 'tokenizer.json'
+  if file.is_file():
+    try:
+      tok = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises Exception itself
+      weights.read_json(file)  # names the cause where it is not JSON at all
+      found = f'a tokenizer that does not load ({str(error)[:200]!r})'
+      raise InputError(str(file), found, 'a tokenizers file', 'download it again') from error
+  else:
+    tok = _converted(Path(folder))
+  tok.no_padding()
+  tok.no_truncation()
+  if vocab_size is None:
+    return tok
+  top = max(tok.get_vocab(with_added_tokens=True).values(), default=0)
+  if top >= vocab_size:
+    raise InputError(
+      str(file), f'token id {top}', f'ids below the vocab_size {vocab_size} of config.json',
+      'take the tokenizer that belongs to this checkpoint',
+    )  # fmt: skip
+  return tok
+
+
+def tokenizer_from(text: str) -> tokenizers.Tokenizer:
+  """A tokenizer from the text of a tokenizer.json that efft itself wrote and has verified."""
+  return tokenizers.Tokenizer.from_str(text)
+
+
+def _labels(id2label) -> tuple[str, ...] | None:
+  if not isinstance(id2label, dict) or not id2label:
+    return None
+  names = tuple(id2label.get(str(i)) for i in range(len(id2label)))
+  real = all(isinstance(n, str) and not re.fullmatch(r'LABEL_\d+', n) for n in names)
+  return names if real and len(set(names)) == len(names) else None
+
+
+def _pooling(folder: Path) -> str:
+  """'mean' or 'cls', as the sentence encoder in `folder` says; 'cls' where it is none."""
+  place = '1_Pooling'
+  modules = folder / 'modules.json'
+  if modules.exists():
+    entries = [m for m in weights.read_json(modules, list) if isinstance(m, dict)]
+    kinds = {str(m.get('type')).rpartition('.')[2]: m.get('path') for m in entries}
+    if 'Dense' in kinds:
+      log.info('%s: the sentence encoder ends in a Dense layer, which is left out', folder)
+    place = kinds.get('Pooling')
+    if place is None:
+      return 'cls'
+    if not isinstance(place, str) or not re.fullmatch(r'\w+', place):
+      raise InputError(str(modules), f'path {place!r}', 'the name of a folder', 'mend the file')
+  file = folder / place / 'config.json'
+  if not file.exists():
+    return 'cls'
+  config = weights.read_json(file)
+  modes = {
+    key.removeprefix('pooling_mode_').removesuffix('_tokens').removesuffix('_token')
+    for key, on in config.items()
+    if key.startswith('pooling_mode_') and on is True
+  }
+  mode = config.get('pooling_mode', ' and '.join(sorted(modes)))
+  if mode not in ('mean', 'cls'):
+    fix = 'set model.pooling=mean or model.pooling=cls'
+    raise InputError(str(file), f'pooling by {mode!r}', 'mean or cls', fix)
+  log.info('%s: a sentence encoder, pooling=%s', folder, mode)
+  return mode
+
+
+def _download(name: str) -> Path:
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  def snapshot(**options):
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), **options))
+
+  try:
+    folder = snapshot(local_files_only=True)
+    if not _missing(folder):
+      return folder
+  except OSError:  # not in the cache
+    pass
+  try:
+    folder = snapshot()
+  except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+    fix = 'check the name; for a private or gated model, log in with `hf auth login` first'
+    raise InputError('model.name', repr(name), 'a model that the hub gives you', fix) from error
+  except Exception as error:  # httpx, requests or the hub's own, by version
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise EnvironmentProblem(
+      f'model.name: {name} is not in the cache and cannot be downloaded ({reason[0][:200]}); '
+      'try again, or pass a folder with config.json, model.safetensors and tokenizer.json'
+    ) from error
+  if missing := _missing(folder):
+    found = f'{name!r} without {" and ".join(missing)}'
+    fix = (
+      'a part may be missing from the cache: try again with a network; pickled weights (.bin) are '
+      'never opened: take a revision of the model with safetensors'
+    )
+    raise InputError('model.name', found, 'a whole checkpoint', fix)
+  return folder
+
+
+def _missing(folder: Path) -> list[str]:
+  """What a cached snapshot lacks of a checkpoint."""
+  has = {
+    'config.json': (folder / 'config.json').exists(),
+    weights.SINGLE: weights.present(folder),
+    'tokenizer.json': any((folder / f).exists() for f in ('tokenizer.json', *_VOCABULARIES)),
+  }
+  return [name for name, there in has.items() if not there]
+
+
+def _converted(folder: Path) -> tokenizers.Tokenizer:
+  vocabularies = [f for f in _VOCABULARIES if (folder / f).is_file()]
+  if not vocabularies:
+    fix = 'copy tokenizer.json from the checkpoint'
+    raise InputError(str(folder), 'no tokenizer', 'tokenizer.json or a vocabulary file', fix)
+  from transformers import AutoTokenizer
+
+  with tempfile.TemporaryDirectory() as temp:
+    for file in vocabularies:
+      shutil.copyfile(folder / file, Path(temp) / file)
+    for file, keys in _TOKENIZER_KEYS.items():
+      if (folder / file).is_file():
+        content = weights.read_json(folder / file)
+        kept = {k: v for k, v in content.items() if keys is None or k in keys}
+        (Path(temp) / file).write_text(json.dumps(kept))
+    try:
+      tok = AutoTokenizer.from_pretrained(temp, use_fast=True, trust_remote_code=False)
+      return tok.backend_tokenizer
+    except Exception as error:
+      found = f'a tokenizer that transformers cannot convert ({str(error)[:200]!r})'
+      fix = 'copy tokenizer.json from the checkpoint'
+      raise InputError(str(folder), found, ', '.join(vocabularies), fix) from error
+
+
+_TOKENIZER_KEYS = {
+  'config.json': ('model_type',),
+  'tokenizer_config.json': (
+    'tokenizer_class', 'do_lower_case', 'strip_accents', 'tokenize_chinese_chars', 'model_type',
+    'add_prefix_space', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token',
+    'bos_token', 'eos_token', 'additional_special_tokens', 'added_tokens_decoder',
+  ),
+  'special_tokens_map.json': None,
+  'added_tokens.json': None,
+}  # fmt: skip

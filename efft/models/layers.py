@@ -1,0 +1,212 @@
+"""The parts of an encoder, and the two seams through which everything else acts on it.
+
+Shapes: B batch, T tokens, D hidden, H heads, K head_dim, F mlp width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efft.models import dots
+
+
+def untouched(module: nn.Module, site: str, y, **context):
+  """The tap that does nothing."""
+  del module, site, context
+  return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """How the model contracts, and who may touch a named value.
+
+  Attributes:
+    dot_general: x [..., K], kernel [K, N] -> float32 [..., N], with `lax.dot_general`'s arguments.
+    tap: called as `tap(module, site, y, **context)` at each named value; returns the value that
+      the model goes on with. `module.path` and `site` name the place: 'layer_0/mlp/act'.
+
+  | site, a path of the model                                | value               | context |
+  |----------------------------------------------------------|---------------------|---------|
+  | `embed/words`: word embeddings, before positions         | (x, mask, types)    | ids     |
+  | `embed`: after norm and dropout                          | (x, mask)           | ids     |
+  | `.../matmul`: of every linear layer, before the bias     | y float32 [B, T, N] | x, w    |
+  | `layer_i/attention/kv`: k, v [B, T, H, K]                | (k, v, mask)        | x       |
+  | `layer_i/attention/heads`                                | y [B, T, H, K]      | x       |
+  | `layer_i/mlp/act`                                        | y [B, T, F]         | x       |
+  | `layer_i/{attention_out,mlp_out}`: before the residual   | y [B, T, D]         | x, norm |
+  | `layer_i/output`                                         | y [B, T, D]         |         |
+
+  Linear layers: `layer_i/attention/{query,key,value,out}`, `layer_i/mlp/{up,down}`, `pooler`,
+  `head/dense`, `head/out`, `embed/project`, where the architecture has them.
+  """
+
+  dot_general: Callable = dots.dot_general
+  tap: Callable = untouched
+
+
+ACTIVATIONS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_new': jax.nn.gelu,
+  'gelu_pytorch_tanh': jax.nn.gelu,
+  'relu': jax.nn.relu,
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
+  'tanh': jnp.tanh,
+}
+
+
+def dropout_seed(module: nn.Module, rate: float):
+  """uint32 [2] drawn from the 'dropout' stream; None when evaluating (no such stream)."""
+  if not rate or not module.has_rng('dropout'):
+    return None
+  return jax.random.bits(module.make_rng('dropout'), (2,), jnp.uint32)
+
+
+def dropout(module: nn.Module, x, rate: float):
+  """Drops elements of x while training; identity when evaluating."""
+  return dots.drop(x, dropout_seed(module, rate), rate)
+
+
+class Linear(nn.Module):
+  """x [..., K] -> [..., features]; accumulates in float32, returns x's type."""
+
+  features: int
+  hooks: Hooks
+  init_range: float = 0.02
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal(self.init_range)
+    w = self.param('kernel', init, (x.shape[-1], self.features))
+    b = self.param('bias', nn.initializers.zeros, (self.features,))
+    y = self.hooks.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+    y = self.hooks.tap(self, 'matmul', y, x=x, w=w)
+    return (y + b.astype(y.dtype)).astype(x.dtype)
+
+
+class Table(nn.Module):
+  """A learnt row for each index: int [...] -> [..., features] in the table's own type."""
+
+  rows: int
+  features: int
+  init_range: float = 0.02
+
+  @nn.compact
+  def __call__(self, index):
+    init = nn.initializers.normal(self.init_range)
+    return jnp.take(self.param('embedding', init, (self.rows, self.features)), index, axis=0)
+
+
+class LayerNorm(nn.Module):
+  """Normalises the last axis with float32 statistics, returns `dtype` (default: x's type)."""
+
+  eps: float
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    return (y * scale + bias).astype(self.dtype or x.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention. x [B, T, D], mask bool [B, T] -> [B, T, D]."""
+
+  cfg: Any
+  hooks: Hooks
+  heads: int
+
+  @nn.compact
+  def __call__(self, x, mask):
+    cfg, hooks, width = self.cfg, self.hooks, self.heads * self.cfg.head_dim
+
+    def project(name):
+      y = Linear(width, hooks, cfg.initializer_range, name=name)(x)
+      return y.reshape(*x.shape[:2], self.heads, cfg.head_dim)
+
+    q, k, v = project('query'), project('key'), project('value')
+    k, v, mask = hooks.tap(self, 'kv', (k, v, mask), x=x)
+    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    seed = dropout_seed(self, cfg.attention_dropout)
+    y = dots.attend(q, k.astype(q.dtype), v.astype(q.dtype), bias, seed, cfg.attention_dropout)
+    y = hooks.tap(self, 'heads', y, x=x)
+    y = y.reshape(*x.shape[:2], width).astype(x.dtype)
+    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='out')(y)
+
+
+class Mlp(nn.Module):
+  """Position-wise feed-forward. x [B, T, D] -> [B, T, D]."""
+
+  cfg: Any
+  hooks: Hooks
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    cfg, hooks = self.cfg, self.hooks
+    h = Linear(self.width, hooks, cfg.initializer_range, name='up')(x)
+    h = hooks.tap(self, 'act', ACTIVATIONS[cfg.activation](h), x=x)
+    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='down')(h.astype(x.dtype))
+
+
+class Layer(nn.Module):
+  """One post-norm transformer layer with `heads` heads and an FFN of `width` units."""
+
+  cfg: Any
+  hooks: Hooks
+  heads: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x, mask):
+    cfg, hooks = self.cfg, self.hooks
+    attention = Attention(cfg, hooks, self.heads, name='attention')
+    mlp = Mlp(cfg, hooks, self.width, name='mlp')
+
+    def residual(name, rate, block, x):
+      norm = LayerNorm(cfg.eps, name=f'{name}_norm')
+      y = dropout(self, block(x), rate)
+      y = hooks.tap(self, f'{name}_out', y, x=x, norm=norm)
+      return norm(x + y.astype(x.dtype))
+
+    x = residual('attention', cfg.attention_out_dropout, lambda x: attention(x, mask), x)
+    x = residual('mlp', cfg.dropout, mlp, x)
+    return hooks.tap(self, 'output', x)
+
+
+class Embeddings(nn.Module):
+  """Words, positions and token types, summed and normalised. ids [B, T] -> ([B, T, D], mask)."""
+
+  cfg: Any
+  hooks: Hooks
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, ids, mask, token_types):
+    cfg, hooks = self.cfg, self.hooks
+
+    def table(rows, name):
+      return Table(rows, cfg.embed_dim, cfg.initializer_range, name=name)
+
+    x = table(cfg.vocab_size, 'word')(ids)
+    x, mask, token_types = hooks.tap(self, 'words', (x, mask, token_types), ids=ids)
+    if cfg.positions_from_pad:
+      # RoBERTa counts real tokens only, from pad_id + 1; padding sits at pad_id.
+      positions = cfg.pad_id + jnp.cumsum(mask, -1, dtype=jnp.int32) * mask
+    else:
+      positions = jnp.arange(x.shape[1])[None]
+    x = x + table(cfg.max_positions, 'position')(positions)
+    if cfg.token_types:
+      x = x + table(cfg.token_types, 'token_type')(token_types)
+    x = dropout(self, LayerNorm(cfg.eps, self.dtype, name='norm')(x), cfg.dropout)
+    if cfg.embed_dim != cfg.hidden:
+      x = Linear(cfg.hidden, hooks, cfg.initializer_range, name='project')(x)
+    return x, mask

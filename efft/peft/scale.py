@@ -1,0 +1,51 @@
+"""Element-wise rescaling of activations."""
+
+import jax.numpy as jnp
+
+from efft.peft.base import Delta
+
+
+def ia3(layers: str = r'layer_\d+') -> tuple[Delta, Delta]:
+  """(IA)3 (Liu et al. 2022, https://arxiv.org/abs/2205.05638): learnt scales of activations.
+
+  Keys become l_k * k, values l_v * v, and the FFN's activations l_ff * act(x W_up), *after* the
+  activation (the paper's equation 8; AdapterHub scales before it). All scales start at one.
+  Trains 2 d + d_ff numbers a layer. Merges into the columns and biases of key and value and into
+  the rows of down.
+
+  Args:
+    layers: regex of the layers to act in.
+  """
+
+  def init_kv(key, site):
+    heads, width = site.y[0].shape[2:]
+    return {name: jnp.ones(heads * width, jnp.float32) for name in ('k', 'v')}
+
+  def apply_kv(p, site):
+    k, v, mask = site.y
+    return _scale_heads(k, p['k']), _scale_heads(v, p['v']), mask
+
+  def merge_kv(p, module):
+    scaled = {
+      name: {leaf: x * p[name[0]] for leaf, x in module[name].items()} for name in ('key', 'value')
+    }
+    return {**module, **scaled}
+
+  def init_ff(key, site):
+    return {'ff': jnp.ones(site.y.shape[-1:], jnp.float32)}
+
+  def apply_ff(p, site):
+    return site.y * p['ff'].astype(site.y.dtype)
+
+  def merge_ff(p, module):
+    down = {**module['down'], 'kernel': p['ff'][:, None] * module['down']['kernel']}
+    return {**module, 'down': down}
+
+  return (
+    Delta(init_kv, apply_kv, f'({layers})/attention/kv', merge_kv),
+    Delta(init_ff, apply_ff, f'({layers})/mlp/act', merge_ff),
+  )
+
+
+def _scale_heads(y, scale):
+  return y * scale.reshape(y.shape[2:]).astype(y.dtype)

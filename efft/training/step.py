@@ -1,0 +1,127 @@
+"""One training step: gradient over the trainable tree alone, accumulated, clipped, averaged."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from efft import tree
+from efft.training.losses import example_weights
+
+
+class State(NamedTuple):
+  """All that a run has to remember; everything random is a function of (seed, step).
+
+  Attributes:
+    step: int32 [], steps taken.
+    trainable: the trainable leaves of {'params': ..., 'delta': ...}.
+    opt_state: the optimiser's state over them.
+    ema: their exponential moving average, or None.
+  """
+
+  step: jax.Array
+  trainable: Any
+  opt_state: Any
+  ema: Any = None
+
+  @property
+  def weights(self):
+    """What to evaluate and keep: the average where there is one."""
+    return self.trainable if self.ema is None else self.ema
+
+
+def init_state(trainable, optimizer: optax.GradientTransformation, ema: float | None) -> State:
+  """The state before the first step; copies what the step will donate."""
+  trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
+  average = jax.tree.map(jnp.copy, trainable) if ema else None
+  return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
+
+
+def cast_frozen(frozen: Mapping, dtype) -> dict:
+  """Frozen matrices of the encoder in the type that they are multiplied in; norms and head keep
+  theirs. Casting once, not every step, also halves their memory."""
+
+  def cast(path, x):
+    matrix = path.endswith(('/kernel', '/embedding')) and not path.startswith(
+      ('params/head/', 'params/pooler/')
+    )
+    return x.astype(dtype) if matrix and x.dtype == jnp.float32 else x
+
+  return tree.map_paths(cast, frozen)
+
+
+def forward(model, expand: Callable = lambda delta: delta) -> Callable:
+  """(variables, batch, rngs) -> logits float32 [B, C]."""
+
+  def logits(variables, batch, rngs=None):
+    if 'delta' in variables:
+      variables = {**variables, 'delta': expand(variables['delta'])}
+    args = batch['input_ids'], batch['mask'], batch['token_types']
+    return model.apply(variables, *args, rngs=rngs)
+
+  return logits
+
+
+def make_step(
+  logits: Callable,
+  loss: Callable,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  accumulate: int = 1,
+  ema: float | None = None,
+  class_weights=None,
+) -> Callable:
+  """A jitted (state, frozen, batch) -> (state, {'loss', 'grad_norm'}); the state is donated.
+
+  Args:
+    logits: (variables, batch, rngs) -> [B, C].
+    loss: (logits, labels) -> [B].
+    optimizer: over the trainable tree.
+    seed: of dropout.
+    accumulate: micro-batches that the batch is cut into; must divide its rows. Their gradients
+      are summed in a scan, weighted so that the step equals the uncut one up to rounding (and,
+      with dropout, up to its draws).
+    ema: decay of the average of the weights, or None.
+    class_weights: float32 [C] or None; the loss is the weighted mean, as in torch.
+  """
+
+  def step(state: State, frozen, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    weights = example_weights(batch['weights'], batch['labels'], class_weights)
+    batch = {**batch, 'weights': weights / jnp.maximum(weights.sum(), 1e-12)}
+
+    def objective(trainable, micro, key):
+      scores = logits(tree.join(trainable, frozen), micro, {'dropout': key})
+      return jnp.sum(loss(scores, micro['labels']) * micro['weights'])
+
+    gradient = jax.value_and_grad(objective)
+    if accumulate == 1:
+      value, grads = gradient(state.trainable, batch, key)
+    else:
+
+      def add(total, xs):
+        micro, index = xs
+        part = gradient(state.trainable, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, part), None
+
+      zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+      micros = jax.tree.map(lambda x: _cut(x, accumulate), batch)
+      (value, grads), _ = jax.lax.scan(add, zero, (micros, jnp.arange(accumulate)))
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    average = state.ema
+    if ema is not None:
+      average = optax.incremental_update(trainable, state.ema, 1 - ema)
+    metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads)}
+    return State(state.step + 1, trainable, opt_state, average), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _cut(x, pieces):
+  """[B, ...] -> [pieces, B / pieces, ...], striped, so that each device cuts its own rows."""
+  return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,329 @@
+"""The contract that every method passes. A new method is one row."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from efft import mesh, tree
+from efft.errors import InputError
+from efft.models.encoder import Encoder, EncoderConfig, init_params
+from efft.models.layers import Hooks
+from efft.peft import base
+from efft.training import losses, step
+
+
+class Row(NamedTuple):
+  """What a method promises.
+
+  Attributes:
+    config: configs/<config>.py, whose method and rules are tested.
+    trains: numbers trained in BERT-base without its head, in closed form.
+    start: how far the logits may move when an untrained delta is attached.
+    merges: whether the trained delta folds into the weights.
+    options: of the method, where they differ from the config's.
+  """
+
+  config: str
+  trains: int
+  start: float = 0.0
+  merges: bool = False
+  options: dict = {}
+
+  def __str__(self):
+    return '-'.join((self.config, *self.options))
+
+
+# BERT-base: layers, hidden, feed-forward; LayerNorms (two a layer and the embedding's).
+L, D, F = 12, 768, 3072
+NORMS = (2 * L + 1) * 2 * D
+LINEARS = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul'
+
+TABLE = (
+  Row('lora', L * 2 * 8 * (D + D), merges=True),
+  Row('lora', L * 8 * (4 * (D + D) + 2 * (D + F)), merges=True, options={'at': LINEARS}),
+  Row('ia3', L * (2 * D + F), merges=True),
+  Row('houlsby', L * 2 * (2 * D * 64 + 64 + D) + NORMS, start=1e-4),
+  Row('pfeiffer', L * (2 * D * 48 + 48 + D), start=1e-1),
+  Row('parallel', L * (2 * D * 64 + 64 + D)),
+  Row('bitfit', 102_912),
+  Row('layernorm', NORMS),
+  Row('head', 0),
+  Row('full', 109_482_240),
+)
+# What methods.md and the papers print, so that a slip in the formulas above shows.
+PRINTED = (294_912, 1_327_104, 55_296, 2_379_264 + 38_400, 894_528, 1_189_632, 102_912, 38_400)
+
+every_row = pytest.mark.parametrize('row', TABLE, ids=str)
+DELTAS = [row for row in TABLE if tiny.settings(row.config)['method']]
+every_delta = pytest.mark.parametrize('row', DELTAS, ids=str)
+
+
+def by_row(fn):
+  """`functools.cache` for functions of a row, which holds a dictionary and so has no hash."""
+  cached = functools.cache(lambda name: fn(next(row for row in TABLE if str(row) == name)))
+  return lambda row: cached(str(row))
+
+
+settings = by_row(lambda row: tiny.settings(row.config, **row.options))
+world = by_row(lambda row: tiny.world(settings(row)))
+
+
+@by_row
+def logits(row):
+  """The jitted forward pass that most checks share: compiled once a row."""
+  return jax.jit(world(row).logits)
+
+
+@functools.cache
+def plain():
+  """(variables, batch) -> logits of the encoder without any delta."""
+  return jax.jit(step.forward(Encoder(tiny.CFG)))
+
+
+@by_row
+def moved(row):
+  """Variables with a delta that has been somewhere: at its start half of it may act on nothing."""
+  variables = world(row).variables
+  rng = np.random.default_rng(2)
+
+  def shift(x):
+    return x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
+
+  return {**variables, 'delta': jax.tree.map(shift, variables['delta'])}
+
+
+def close(a, b, tolerance=2e-5):
+  np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+BATCH = tiny.batch(length=16)
+
+
+def test_closed_forms_are_the_printed_numbers():
+  assert tuple(row.trains for row in TABLE[: len(PRINTED)]) == PRINTED
+
+
+@every_delta
+def test_identity_at_start(row):
+  variables = world(row).variables
+  before = plain()({'params': variables['params']}, BATCH)
+  after = logits(row)(variables, BATCH)
+  if row.start:
+    distance = np.abs(after - before).max() / np.abs(before).max()
+    assert 0 < distance < row.start
+  else:
+    close(after, before, 1e-6)
+
+
+@every_delta
+def test_delta_acts_once_it_has_moved(row):
+  """Otherwise every check below would hold of a delta that is never applied."""
+  start, after = (logits(row)(v, BATCH) for v in (world(row).variables, moved(row)))
+  assert np.abs(after - start).max(-1).min() > 1e-3, 'every row of the batch'
+
+
+@every_row
+def test_a_step_changes_what_the_rules_say(row):
+  """And lowers the loss, with finite gradients in bfloat16."""
+  here = tiny.world(settings(row), tiny.SHORT, dtype=jnp.bfloat16)
+  opt = tiny.optimizer(here, lr=3e-3, warmup=0.0)
+  take = step.make_step(here.logits, losses.single(), opt, seed=0)
+  state = step.init_state(here.trainable, opt, None)
+  frozen = step.cast_frozen(here.frozen, jnp.bfloat16)
+  before = jax.tree.map(np.asarray, frozen)
+  history = []
+  for _ in range(8):
+    state, metrics = take(state, frozen, BATCH)
+    history.append(float(metrics['loss']))
+    assert np.isfinite(history[-1]) and np.isfinite(float(metrics['grad_norm']))
+  assert history[-1] < history[0]
+  jax.tree.map(np.testing.assert_array_equal, frozen, before)
+  start, end = tree.flatten(here.trainable), tree.flatten(state.trainable)
+  assert start.keys() == end.keys() == {p for p, g in here.groups.items() if g != 'frozen'}
+  assert not start.keys() & tree.flatten(frozen).keys()
+  still = [path for path in start if np.array_equal(start[path], end[path])]
+  # A softmax over keys does not see what is added to all of them.
+  assert not [path for path in still if not path.endswith('attention/key/bias')]
+
+
+@every_delta
+def test_merge_equals_apply(row):
+  here, variables = world(row), moved(row)
+  if not row.merges:
+    with pytest.raises(InputError, match=f'{row.config}, which cannot be folded'):
+      base.merge(here.deltas, variables['params'], variables['delta'])
+    return
+  merged = base.merge(here.deltas, variables['params'], variables['delta'])
+  assert tree.diff(variables['params'], merged) == ''
+  close(plain()({'params': merged}, BATCH), logits(row)(variables, BATCH), 1e-4)
+
+
+BERT_BASE = EncoderConfig(
+  architecture='bert',
+  vocab_size=30_522,
+  hidden=768,
+  heads=(12,) * 12,
+  head_dim=64,
+  mlp=(3072,) * 12,
+  max_positions=512,
+  token_types=2,
+  embed_dim=768,
+)
+
+
+@functools.cache
+def bert_base():
+  return jax.eval_shape(lambda key: init_params(BERT_BASE, key), jax.random.key(0))
+
+
+@every_row
+def test_trainable_count_on_bert_base(row):
+  """Shapes alone: nothing of that size is allocated."""
+  resolved = settings(row)
+  deltas = base.build(resolved['method'])
+  variables = {'params': bert_base()}
+  if deltas:
+    model = Encoder(BERT_BASE, Hooks(tap=base.attach(deltas)))
+    variables['delta'] = jax.eval_shape(
+      lambda params, key: base.init(model, deltas, params, key), bert_base(), jax.random.key(0)
+    )
+  groups = tree.labels(variables, resolved['rules'])
+  head, _ = tree.split(variables, lambda path: groups[path] == 'head')
+  trained, _ = tree.split(variables, lambda path: groups[path] not in ('head', 'frozen'))
+  assert tree.count(head) == 768 * 2 + 2
+  assert tree.count(trained) == row.trains
+
+
+@every_delta
+def test_remat_and_mesh_give_the_same_logits(row):
+  variables, devices = moved(row), mesh.make()
+  assert devices.size == 8, 'run the tests with eight simulated devices'
+  model = world(row).model.clone(remat=True)
+  out = jax.jit(step.forward(model))(mesh.place(variables, devices), mesh.put_batch(BATCH, devices))
+  assert len(out.sharding.device_set) == 8 and not out.is_fully_replicated
+  close(out, logits(row)(variables, BATCH))
+
+
+@every_delta
+def test_init_is_a_function_of_the_key(row):
+  here = world(row)
+
+  def start(model, seed):
+    found = base.init(model, here.deltas, here.variables['params'], jax.random.key(seed))
+    return tree.flatten(found)
+
+  first, again = tree.flatten(here.variables['delta']), start(here.model.clone(remat=True), 1)
+  assert first.keys() == again.keys() and all((first[p] == again[p]).all() for p in first)
+  random = [p for p, x in first.items() if len(np.unique(x)) > 1]
+  draws = {first[p].tobytes() for p in random}
+  assert len(draws) == len(random), 'each site draws its own numbers'
+
+
+@every_delta
+def test_padding_does_not_change_logits(row):
+  """Neither its tokens nor its amount."""
+  variables = moved(row)
+  noise = np.random.default_rng(1).integers(0, tiny.CFG.vocab_size, BATCH['mask'].shape)
+  noisy = BATCH | {'input_ids': np.where(BATCH['mask'], BATCH['input_ids'], noise)}
+  full = logits(row)(variables, BATCH)
+  close(logits(row)(variables, noisy), full)
+  short = BATCH['mask'].sum(1).argsort()[:4]
+  longest = BATCH['mask'][short].sum(1).max()
+  tight = {name: x[short, :longest] for name, x in BATCH.items() if x.ndim == 2}
+  assert longest < 16
+  close(world(row).logits(variables, tight), full[short])
+
+
+@every_delta
+def test_saved_delta_alone_gives_the_same_logits_bit_for_bit(row, tmp_path):
+  """The file holds what trains, by path; the base comes from where it came from."""
+  here, variables = world(row), moved(row)
+  trained = {p: x for p, x in tree.flatten(variables).items() if here.groups[p] != 'frozen'}
+  np.savez(tmp_path / 'delta.npz', **trained)
+  with np.load(tmp_path / 'delta.npz') as file:
+    restored = tree.unflatten({path: jnp.asarray(file[path]) for path in file.files})
+  again = tree.join(restored, tree.map_paths(lambda _, x: jnp.array(x), here.frozen))
+  np.testing.assert_array_equal(logits(row)(again, BATCH), logits(row)(variables, BATCH))
+
+
+@every_delta
+def test_without_its_entries_a_delta_does_nothing(row):
+  params = {'params': world(row).variables['params']}
+  np.testing.assert_allclose(
+    world(row).model.apply(params, *(BATCH[n] for n in ('input_ids', 'mask', 'token_types'))),
+    plain()(params, BATCH),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@every_delta
+def test_at_that_matches_nothing_is_an_error(row):
+  here = world(row)
+  lost = {
+    name: tuple(part._replace(at='layer_7/nowhere') for _, part in base._parts({name: delta}))
+    for name, delta in here.deltas.items()
+  }
+  model = here.model.clone(hooks=Hooks(tap=base.attach(lost)))
+  with pytest.raises(InputError) as error:
+    base.init(model, lost, here.variables['params'], jax.random.key(0))
+  assert error.value.where == f'config.method.{row.config}'
+  assert 'layer_7/nowhere' in error.value.found and r'layer_\d+/mlp/act' in error.value.fix
+
+
+@every_row
+def test_a_rule_that_matches_nothing_is_an_error(row):
+  rules = [('delta/nowhere/.*', 'delta'), *settings(row)['rules']]
+  with pytest.raises(InputError, match='delta/nowhere'):
+    tree.labels(world(row).variables, rules)
+
+
+def test_methods_add_up_and_merge_in_order():
+  """(IA)3 scales what LoRA has changed, in the forward pass and in the merged weights."""
+  at = r'layer_\d+/(attention/(key|value)|mlp/down)/matmul'
+  method = {'lora': {'fn': 'lora.lora', 'at': at}, 'ia3': {'fn': 'scale.ia3'}}
+  for order in (method, dict(reversed(method.items()))):
+    here = tiny.world({'method': order, 'rules': [('.*', 'all')]}, tiny.SHORT)
+    rng = np.random.default_rng(0)
+    delta = jax.tree.map(lambda x, r=rng: x + r.normal(0, 0.3, x.shape), here.variables['delta'])
+    applied = here.logits({**here.variables, 'delta': delta}, BATCH)
+    merged = base.merge(here.deltas, here.variables['params'], delta)
+    close(step.forward(Encoder(tiny.SHORT))({'params': merged}, BATCH), applied, 1e-4)
+
+
+def test_expand_comes_before_apply_and_merge():
+  """A delta that trains its logarithm: the one seam that no method above goes through."""
+  lora = base.build({'lora': {'fn': 'lora.lora'}})['lora']
+  grow = lora._replace(expand=lambda delta: jax.tree.map(jnp.exp, delta))
+  here = tiny.world(settings(TABLE[0]))
+  log = jax.tree.map(lambda x: jnp.full_like(x, -2.0), here.variables['delta'])
+  forward = step.forward(here.model, lambda delta: base.expand({'lora': grow}, delta))
+  variables = {**here.variables, 'delta': log}
+  merged = base.merge({'lora': grow}, here.variables['params'], log)
+  close(plain()({'params': merged}, BATCH), jax.jit(forward)(variables, BATCH), 1e-4)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'where', 'message'),
+  [
+    ({}, 'config.method.m.fn', 'efft methods'),
+    ({'fn': 'lora'}, 'config.method.m.fn', "'lora'"),
+    ({'fn': 'lora.dora'}, 'config.method.m.fn', "'lora.dora'"),
+    ({'fn': 'nowhere.lora'}, 'config.method.m.fn', "'nowhere.lora'"),
+    ({'fn': 'lora.lora', 'rnak': 8}, 'config.method.m', "'rnak'"),
+    ({'fn': 'lora.lora', 'rank': 0}, 'config.method.m', 'rank 0'),
+    ({'fn': 'lora.lora', 'at': 'layer_('}, 'config.method.m', 'unterminated'),
+    ({'fn': 'adapter.houlsby', 'activation': 'glu'}, 'config.method.m', "'glu'"),
+    ({'fn': 'adapter.pfeiffer', 'reduction': 0}, 'config.method.m', 'reduction 0'),
+  ],
+)
+def test_build_refuses_what_it_cannot_build(spec, where, message):
+  with pytest.raises(InputError, match=re.escape(message)) as error:
+    base.build({'m': spec})
+  assert error.value.where == where

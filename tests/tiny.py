@@ -1,0 +1,112 @@
+"""The small world that tests share: an encoder of two layers, a batch, and what trains in it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efft import config, mesh, tree
+from efft.models.encoder import Encoder, EncoderConfig, init_params
+from efft.models.layers import Hooks
+from efft.peft import base
+from efft.training import losses, optim, step
+
+CFG = EncoderConfig(
+  architecture='bert',
+  vocab_size=96,
+  hidden=32,
+  heads=(4, 4),
+  head_dim=8,
+  mlp=(48, 48),
+  max_positions=24,
+  token_types=2,
+  embed_dim=32,
+  num_labels=3,
+)
+# Compiling is what tests wait for, and training steps take longest: one layer where that will do.
+SHORT = dataclasses.replace(CFG, heads=CFG.heads[:1], mlp=CFG.mlp[:1])
+
+
+class World(NamedTuple):
+  """A model with its deltas, and its variables cut into what trains and what does not."""
+
+  model: Encoder
+  deltas: dict
+  variables: dict
+  groups: dict
+  trainable: Any
+  frozen: Any
+
+  def logits(self, variables, batch, rngs=None):
+    return step.forward(self.model)(variables, batch, rngs)
+
+
+def params(cfg: EncoderConfig = CFG, seed: int = 0) -> dict:
+  """Weights that pass signals on; at their usual start biases and scales would go unseen."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    spread = x.shape[0] ** -0.5 if path.endswith('/kernel') else 0.2
+    centre = 1.0 if path.endswith('/scale') else 0.0
+    return jnp.asarray(rng.normal(centre, spread, x.shape), jnp.float32)
+
+  return tree.map_paths(draw, jax.eval_shape(lambda k: init_params(cfg, k), jax.random.key(0)))
+
+
+def batch(rows: int = 8, length: int = 12, seed: int = 0, cfg: EncoderConfig = CFG) -> dict:
+  """Rows of 3 to `length` tokens, one of them of full length, each in two segments."""
+  rng = np.random.default_rng(seed)
+  lengths = np.r_[length, rng.integers(3, length, rows - 1)]
+  mask = np.arange(length) < lengths[:, None]
+  ids = rng.integers(1, cfg.vocab_size, (rows, length))
+  return {
+    'input_ids': np.where(mask, ids, cfg.pad_id).astype(np.int32),
+    'mask': mask,
+    'token_types': (mask & (np.arange(length) >= lengths[:, None] // 2)).astype(np.int32),
+    'labels': rng.integers(0, cfg.num_labels, rows).astype(np.int32),
+    'weights': np.ones(rows, np.float32),
+  }
+
+
+def settings(name: str = 'lora', **options) -> dict:
+  """The resolved config of configs/<name>.py, with other options of its method."""
+  resolved = config.resolve(config.load(f'configs/{name}.py:task=sst2'))
+  for method in resolved['method'].values():
+    method.update(options)
+  return resolved
+
+
+def world(resolved: dict, cfg: EncoderConfig = CFG, **fields) -> World:
+  """The encoder with the method and rules of a resolved config; `fields` are the Encoder's."""
+  deltas = base.build(resolved['method'])
+  model = Encoder(cfg, Hooks(tap=base.attach(deltas)), **fields)
+  variables = {'params': params(cfg)}
+  if deltas:
+    variables['delta'] = base.init(model, deltas, variables['params'], jax.random.key(1))
+  groups = tree.labels(variables, resolved['rules'])
+  trainable, frozen = tree.split(variables, lambda path: groups[path] != 'frozen')
+  return World(model, deltas, variables, groups, trainable, frozen)
+
+
+def optimizer(here: World, steps: int = 100, **options):
+  """AdamW over what trains, with the config's own defaults but for `options`."""
+  fields = config.resolve(config.default('task=sst2'))['optim'] | options
+  groups = {path: group for path, group in here.groups.items() if group != 'frozen'}
+  return optim.optimizer(fields, groups, steps)
+
+
+def losses_on(devices: mesh.Mesh, steps: int = 4) -> list[float]:
+  """Losses of a short LoRA run with dropout on a mesh: the same numbers on every mesh."""
+  here = world(settings('lora', dropout=0.1), SHORT)
+  opt = optimizer(here, lr=1e-2)
+  state = mesh.replicate(step.init_state(here.trainable, opt, ema=0.9), devices)
+  frozen = mesh.place(here.frozen, devices)
+  take = step.make_step(here.logits, losses.single(), opt, seed=3, accumulate=2, ema=0.9)
+  found = []
+  for i in range(steps):
+    rows = mesh.put_batch(batch(rows=14, seed=i), devices, multiple=2)
+    state, metrics = take(state, frozen, rows)
+    found.append(float(mesh.gather(metrics['loss'])))
+  return found
