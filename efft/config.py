@@ -235,7 +235,9 @@ def resolve(config: ConfigDict | dict) -> dict:
     for group in groups:
       place = place.setdefault(group, {})
     place[key] = _checked(f'config.{name}', value, field)
-  resolved['method'] = {name: _method(name, spec) for name, spec in resolved['method'].items()}
+  # By name, which is ConfigDict's own order: at a site that several match, the order matters.
+  methods = sorted(resolved['method'].items())
+  resolved['method'] = {name: _method(name, spec) for name, spec in methods}
   trained = _trained_groups(resolved['rules'])
   resolved['optim']['groups'] = _groups(resolved['optim']['groups'], trained)
   return resolved

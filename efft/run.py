@@ -106,7 +106,7 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
       files.write_json(workdir / 'environment.json', environment.describe())
     for line in _announce(job):
       log.info(line)
-    results = _fit(job, devices, workdir, console, first)
+    results = _fit_in_memory(job, devices, workdir, console, first)
     if first:
       files.write_json(workdir / 'results.json', results)
       files.atomic_write(workdir / 'README.md', _card(job, results, workdir))
@@ -138,7 +138,23 @@ def _before(config: dict, workdir: Path, resume: str) -> dict | None:
   return None
 
 
-def _fit(job: Job, devices, workdir: Path, console, first: bool) -> dict:
+def _fit_in_memory(job: Job, devices, workdir: Path, console, first: bool) -> dict:
+  """`_fit`, with smaller micro-batches and the same step each time that memory runs out."""
+  pieces = job.config['train']['accumulate']
+  while True:
+    try:
+      return _fit(job, devices, workdir, console, first, pieces)
+    except (MemoryError, RuntimeError) as error:
+      fits = 2 * pieces <= job.config['train']['batch_size']
+      if not fits or not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
+        raise
+    # Outside of the handler, whose traceback keeps the arrays of the failed attempt alive.
+    pieces *= 2
+    rows = job.config['train']['batch_size'] // pieces
+    log.warning('out of memory: going on with %d micro-batches of %d examples', pieces, rows)
+
+
+def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) -> dict:
   config, kind = job.config, job.data.kind
   options, names = config['train'], job.data.metrics
   dtype = assemble.DTYPES[config['model']['dtype']]
@@ -154,7 +170,7 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool) -> dict:
   state = mesh.replicate(state, devices)
   run = step.make_step(
     job.net.logits, loss, optimizer,
-    seed=config['seed'], accumulate=options['accumulate'], ema=config['optim']['ema'],
+    seed=config['seed'], accumulate=pieces, ema=config['optim']['ema'],
     class_weights=_class_weights(options['class_weights'], job),
   )  # fmt: skip
   logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))
@@ -172,7 +188,7 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool) -> dict:
     fit = loop.fit(
       state, frozen,
       step_fn=run, batches=feed, total_steps=total,
-      put=lambda batch: mesh.put_batch(batch, devices, options['accumulate']),
+      put=lambda batch: mesh.put_batch(batch, devices, pieces),
       evaluate=evaluate,
       eval_every=options['eval_steps'] or max(1, feed.steps(options['eval_epochs'])),
       main_metric=names[0], patience=options['patience'] or 0, keep=options['save'],
@@ -199,6 +215,7 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool) -> dict:
     'peak_mb': round(environment.peak_memory() / 1e6, 1),
     'bundle_mb': round(_size(workdir / 'bundle') / 1e6, 3),
     'wall_seconds': round(time.time() - begin, 2),
+    'accumulate': pieces,
     'config_hash': configs.config_hash(config),
     'notes': job.data.notes,
   }

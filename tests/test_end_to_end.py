@@ -289,3 +289,28 @@ def test_chunks_answer_what_has_arrived():
     for chunk in chunks(slow(), 10):
       seen.extend(chunk)
   assert seen == [0, 1, 2]
+
+
+def test_running_out_of_memory_cuts_the_batch_and_keeps_the_step(data, tmp_path, monkeypatch):
+  """The device gives up on whole batches; the run ends where an accumulating one does."""
+
+  def trained(name, accumulate):
+    cfg = config.load(f'configs/bitfit.py:task={data},model={BERT},text=review,label=verdict')
+    cfg.train.steps, cfg.model.max_length, cfg.mesh.devices = 3, 24, 1
+    cfg.train.batch_size, cfg.train.accumulate = 8, accumulate
+    run.train(cfg, tmp_path / name)
+    return files.read_json(tmp_path / name / 'results.json'), (
+      tmp_path / name / 'bundle' / 'weights.safetensors'
+    ).read_bytes()
+
+  _, asked = trained('asked', 2)
+  make = run.step.make_step
+
+  def small_device(*args, **options):
+    if options['accumulate'] == 1:
+      raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.')
+    return make(*args, **options)
+
+  monkeypatch.setattr(run.step, 'make_step', small_device)
+  results, found = trained('found', 1)
+  assert results['accumulate'] == 2 and found == asked
