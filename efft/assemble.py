@@ -1,4 +1,4 @@
-"""From a checked config to the functions and arrays that training and inference use."""
+"""From a config, its data and its checkpoint to the functions and arrays that a run uses."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efft import config as configs
 from efft import tree
+from efft.data import packages, sources, tokens
 from efft.errors import InputError
+from efft.models import hub
 from efft.models.encoder import Encoder, EncoderConfig
 from efft.models.layers import Hooks
 from efft.peft import base as peft
@@ -82,6 +85,47 @@ def partition(values: Mapping, rules) -> Partition:
   groups = {path: group for path, group in groups.items() if group != 'frozen'}
   trainable, frozen = tree.split(values, groups.__contains__)
   return Partition(trainable, frozen, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A config with its data and model read, before anything is placed on a device."""
+
+  config: dict
+  data: sources.Dataset
+  encoded: dict[str, tokens.Encoded]
+  base: hub.Base
+  tokenizer: object
+  net: Network
+  variables: dict
+  parts: Partition
+
+
+def prepare(config) -> Job:
+  """Reads data and checkpoint of a config and checks all that can be checked without training."""
+  config = configs.resolve(config)
+  task, model = config['task'], config['model']
+  data = sources.load(**task, seed=config['seed'])
+  head_key, delta_key = jax.random.split(jax.random.key(config['seed']))
+  base = hub.load(
+    model['name'],
+    num_labels=data.num_labels,
+    pooling=model['pooling'],
+    head=model['head'],
+    key=head_key,
+  )
+  base = dataclasses.replace(base, cfg=with_dropout(base.cfg, model['dropout']))
+  check_length(base.cfg, model['max_length'])
+  tokenizer = hub.tokenizer(base.folder, base.cfg.vocab_size)
+  net = network(base.cfg, config['method'], model['dtype'], model['remat'])
+  values = variables(net, base.params, delta_key)
+  parts = partition(values, config['rules'])
+  cache = packages.cache_root() / 'tokens'
+  encoded = {
+    name: tokens.encode(split, tokenizer, model['max_length'], cache)
+    for name, split in data.splits.items()
+  }
+  return Job(config, data, encoded, base, tokenizer, net, values, parts)
 
 
 def handed_on(weights: Mapping, frozen: Mapping) -> dict:

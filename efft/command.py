@@ -117,6 +117,11 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
     define = flags.DEFINE_boolean if isinstance(flag.default, bool) else flags.DEFINE_string
     if flag is not CONFIG:
       define(flag.name, flag.default, flag.about, flag_values=values)
+  known = [f'--{flag.name}' for flag in verb.flags]
+  for arg in args:
+    given = re.match(r'--?(?:no)?((\w+)[\w.]*)', arg)
+    if given and f'--{given[2]}' not in known:
+      raise _unknown_flag(name, given[1], known, see)
   try:
     argv = values.read_flags_from_files(['efft', *args], force_gnu=True)
     config, argv = _load_config(argv) if CONFIG in verb.flags else (None, argv)
@@ -124,10 +129,7 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
       config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     rest = values(argv)[1:]
   except flags.UnrecognizedFlagError as error:
-    known = [f'--{flag.name}' for flag in verb.flags]
-    fix = _did_you_mean(f'--{error.flagname}', known, see)
-    expected = f'one of {", ".join(known)}' if known else 'no flags'
-    raise InputError(f'efft {name}', f'unknown flag --{error.flagname}', expected, fix) from None
+    raise _unknown_flag(name, error.flagname, known, see) from None
   except flags.Error as error:
     found = repr(' '.join(str(error).split()))
     raise InputError(f'efft {name}', found, '--flag=value', see) from error
@@ -147,6 +149,12 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
 
     resolve(given['config'])  # refused here, before jax takes seconds to import
   return given
+
+
+def _unknown_flag(verb: str, name: str, known: list[str], see: str) -> InputError:
+  expected = f'one of {", ".join(known)}' if known else 'no flags'
+  fix = _did_you_mean(f'--{name}', known, see)
+  return InputError(f'efft {verb}', f'unknown flag --{name}', expected, fix)
 
 
 def _load_config(argv: list[str]) -> tuple[Any, list[str]]:

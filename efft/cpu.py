@@ -37,10 +37,21 @@ def keep_programs(folder: str | os.PathLike) -> None:
   Call it before jax is imported. Each kind of processor has a folder of its own, since programs
   are compiled for the instructions that it has. A JAX_COMPILATION_CACHE_DIR that is set wins.
   """
+  flags = ' '.join(sorted(_flags()))
+  kind = hashlib.sha256(f'{platform.machine()}{platform.processor()}{flags}'.encode()).hexdigest()
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(folder) / kind[:12]))
+
+
+def multiplies_bfloat16() -> bool:
+  """Whether this processor has instructions for it; without them float32 is the faster type."""
+  return bool(_flags() & {'avx512_bf16', 'amx_bf16', 'bf16'})
+
+
+def _flags() -> set[str]:
+  """Features of the processor as Linux names them; empty elsewhere."""
   try:
     lines = Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:
-    lines = []
-  flags = next((line for line in lines if line.startswith(('flags', 'Features'))), '')
-  kind = hashlib.sha256(f'{platform.machine()}{platform.processor()}{flags}'.encode()).hexdigest()
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(folder) / kind[:12]))
+    return set()
+  line = next((line for line in lines if line.startswith(('flags', 'Features'))), '')
+  return set(line.partition(':')[2].split())

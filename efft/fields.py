@@ -119,7 +119,9 @@ FIELDS = {
   'model.dtype': Field('float32', choice('float32', 'bfloat16'), 'of the computation'),
   'model.remat': Field(False, SWITCH, 'recompute layers in the backward pass to save memory'),
   'model.dropout': Field(None, optional(real(0, 1)), "None: the checkpoint's own"),
-  'method': Field({}, TABLE, "{name: {'fn': 'lora.lora', option: value}}; they act in the order of their names"),
+  'method': Field(
+    {}, TABLE, "{name: {'fn': 'lora.lora', option: value}}; they act in the order of their names"
+  ),
   'rules': Field(FULL, RULES, "what trains: first match wins, group 'frozen' stays as it is"),
   'optim.name': Field('adamw', choice('adamw', 'adafactor', 'lion'), 'optimiser'),
   'optim.lr': Field(5e-5, real(0, ends='()'), 'peak learning rate'),

@@ -1,224 +1,35 @@
 """What the command line does, as functions: train, evaluate, predict, inspect, fetch.
 
-from efft import config, predict, train
-cfg = config.load('configs/lora.py:task=reviews.csv')
-train(cfg, 'runs/lora')
-for record in predict('runs/lora', ['A warm and funny film.']):
-  print(record['label'], record['score'])
+The same job as the first lines of the README:
+
+    from efft import config, predict, train
+    train(config.load('configs/lora.py:task=reviews.csv'), 'runs/lora')
+    for record in predict('runs/lora', ['A warm and funny film.']):
+      print(record['label'], record['score'])
 """
 
-import contextlib
-import dataclasses
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from efft import assemble, bundle, checkpoint, environment, files, mesh, progress, trackers, tree
+from efft import assemble, files, tree
 from efft import config as configs
 from efft.classifier import Classifier, chunks
-from efft.data import batches, packages, sources, tokens
+from efft.data import sources
+from efft.data.splits import Split
 from efft.data.tasks import TASKS
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
+from efft.finetune import train
 from efft.models import hub
-from efft.training import loop, losses, optim, step
+from efft.training import losses
 
 log = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A config with its data and model read, before anything is placed on a device."""
-
-  config: dict
-  data: sources.Dataset
-  encoded: dict[str, tokens.Encoded]
-  base: hub.Base
-  tokenizer: object
-  net: assemble.Network
-  variables: dict
-  parts: assemble.Partition
-
-
-def prepare(config) -> Job:
-  """Reads data and checkpoint of a config and checks all that can be checked without training."""
-  config = configs.resolve(config)
-  task, model = config['task'], config['model']
-  data = sources.load(**task, seed=config['seed'])
-  head_key, delta_key = jax.random.split(jax.random.key(config['seed']))
-  base = hub.load(
-    model['name'],
-    num_labels=data.num_labels,
-    pooling=model['pooling'],
-    head=model['head'],
-    key=head_key,
-  )
-  base = dataclasses.replace(base, cfg=assemble.with_dropout(base.cfg, model['dropout']))
-  assemble.check_length(base.cfg, model['max_length'])
-  tokenizer = hub.tokenizer(base.folder, base.cfg.vocab_size)
-  net = assemble.network(base.cfg, config['method'], model['dtype'], model['remat'])
-  variables = assemble.variables(net, base.params, delta_key)
-  parts = assemble.partition(variables, config['rules'])
-  cache = packages.cache_root() / 'tokens'
-  encoded = {
-    name: tokens.encode(split, tokenizer, model['max_length'], cache)
-    for name, split in data.splits.items()
-  }
-  return Job(config, data, encoded, base, tokenizer, net, variables, parts)
-
-
-def train(config, workdir, *, resume: str = 'auto') -> dict:
-  """Fine-tunes and leaves a run folder, whose bundle `evaluate` and `predict` read.
-
-  Args:
-    config: from `efft.config.load` or `default`, or the plain dictionary of an earlier run.
-    workdir: the run folder; made, or continued where a run with the same config stopped.
-    resume: 'auto' continues what is there, 'never' refuses to, 'must' refuses to start anew.
-
-  Returns:
-    The contents of results.json: the validation metrics of the weights handed on, and what the
-    run cost.
-
-  Raises:
-    InputError: bad config, data or checkpoint, or a folder of another run; nothing is written.
-    Diverged: the loss stopped being finite.
-    Preempted: SIGTERM; the same call continues.
-  """
-  config = configs.resolve(config)
-  workdir = Path(workdir)
-  if config['mesh']['distributed']:
-    mesh.initialize()
-  done = _before(config, workdir, resume)
-  if done is not None:
-    return done
-  devices = mesh.make(config['mesh']['devices'])
-  job = prepare(config)
-  first = jax.process_index() == 0
-  lock = files.RunLock(workdir) if first else contextlib.nullcontext()
-  with lock, progress.logs(workdir / 'train.log' if first else None) as console:
-    if first:
-      files.write_json(workdir / 'config.json', config)
-      files.write_json(workdir / 'environment.json', environment.describe())
-    for line in _announce(job):
-      log.info(line)
-    results = _fit_in_memory(job, devices, workdir, console, first)
-    if first:
-      files.write_json(workdir / 'results.json', results)
-      files.atomic_write(workdir / 'README.md', _card(job, results, workdir))
-  return results
-
-
-def _before(config: dict, workdir: Path, resume: str) -> dict | None:
-  """The results of a finished run; refuses a folder that this config may not continue."""
-  if resume not in ('auto', 'never', 'must'):
-    raise InputError('resume', repr(resume), 'auto, never or must', 'correct it')
-  file = workdir / 'config.json'
-  if not file.exists():
-    if resume == 'must':
-      raise InputError(str(workdir), 'no run', 'a run to continue', 'drop --resume=must')
-    if workdir.exists() and not workdir.is_dir():
-      raise InputError(str(workdir), 'a file', 'a folder or a new name', 'pass another --workdir')
-    return None
-  if resume == 'never':
-    raise InputError(str(workdir), 'a run', 'no run', 'pass another --workdir or --resume=auto')
-  change = configs.difference(files.read_json(file), config)
-  if change:
-    raise InputError(
-      str(workdir), f'a run of another config ({change})', 'the same config',
-      'pass another --workdir, or the config.json of this one',
-    )  # fmt: skip
-  if (workdir / 'results.json').exists() and (workdir / 'bundle').exists():
-    log.info('%s: finished already', workdir)
-    return files.read_json(workdir / 'results.json')
-  return None
-
-
-def _fit_in_memory(job: Job, devices, workdir: Path, console, first: bool) -> dict:
-  """`_fit`, with smaller micro-batches and the same step each time that memory runs out."""
-  pieces = job.config['train']['accumulate']
-  while True:
-    try:
-      return _fit(job, devices, workdir, console, first, pieces)
-    except (MemoryError, RuntimeError) as error:
-      fits = 2 * pieces <= job.config['train']['batch_size']
-      if not fits or not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
-        raise
-    # Outside of the handler, whose traceback keeps the arrays of the failed attempt alive.
-    pieces *= 2
-    rows = job.config['train']['batch_size'] // pieces
-    log.warning('out of memory: going on with %d micro-batches of %d examples', pieces, rows)
-
-
-def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) -> dict:
-  config, kind = job.config, job.data.kind
-  options, names = config['train'], job.data.metrics
-  dtype = assemble.DTYPES[config['model']['dtype']]
-  loss = losses.build(kind, options['label_smoothing'])
-  feed = batches.Batches(
-    job.encoded['train'], options['batch_size'], config['seed'],
-    group_by_length=options['group_by_length'],
-  )  # fmt: skip
-  total = options['steps'] or feed.steps(options['epochs'])
-  optimizer = optim.optimizer(config['optim'], job.parts.groups, total)
-  frozen = mesh.place(step.cast_frozen(job.parts.frozen, dtype), devices)
-  state = step.init_state(job.parts.trainable, optimizer, config['optim']['ema'])
-  state = mesh.replicate(state, devices)
-  run = step.make_step(
-    job.net.logits, loss, optimizer,
-    seed=config['seed'], accumulate=pieces, ema=config['optim']['ema'],
-    class_weights=_class_weights(options['class_weights'], job),
-  )  # fmt: skip
-  logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))
-  valid, size = job.encoded['validation'], config['eval']['batch_size']
-
-  def evaluate(state):
-    scores = scoring.predict(
-      lambda weights, batch: logits(weights, frozen, batch),
-      state.weights, batches.evaluation(valid, size), devices,
-    )  # fmt: skip
-    return scoring.score(names, losses.build(kind), valid.labels, scores, kind)
-
-  begin = time.time()
-  with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-    fit = loop.fit(
-      state, frozen,
-      step_fn=run, batches=feed, total_steps=total,
-      put=lambda batch: mesh.put_batch(batch, devices, pieces),
-      evaluate=evaluate,
-      eval_every=options['eval_steps'] or max(1, feed.steps(options['eval_epochs'])),
-      main_metric=names[0], patience=options['patience'] or 0, keep=options['save'],
-      checkpoints=checkpoints, checkpoint_every=options['checkpoint_every'] or 0,
-      sinks=trackers.make(workdir, config['trackers'], config) if first else (),
-      log_every=options['log_every'], progress=progress.Progress(console) if first else None,
-    )  # fmt: skip
-  weights = assemble.handed_on(fit.state.weights, job.parts.frozen)
-  if first:
-    _publish(job, weights, fit, workdir)
-  trained, everything = tree.count(job.parts.trainable), tree.count(job.variables)
-  return {
-    'task': job.data.name,
-    'model': job.base.name,
-    'metrics': fit.metrics,
-    'best_step': fit.best_step,
-    'steps': fit.last_step,
-    'trainable': trained,
-    'parameters': everything,
-    'share': trained / everything,
-    'seconds': round(fit.seconds + fit.compile_seconds, 2),
-    'compile_seconds': round(fit.compile_seconds, 2),
-    'examples_per_second': round(fit.examples_per_second, 2),
-    'peak_mb': round(environment.peak_memory() / 1e6, 1),
-    'bundle_mb': round(_size(workdir / 'bundle') / 1e6, 3),
-    'wall_seconds': round(time.time() - begin, 2),
-    'accumulate': pieces,
-    'config_hash': configs.config_hash(config),
-    'notes': job.data.notes,
-  }
+__all__ = ['evaluate', 'fetch', 'inspect', 'predict', 'train']
 
 
 def evaluate(run, *, split: str = 'validation') -> dict:
@@ -271,10 +82,7 @@ def predict(
     raise InputError('predict', 'one string', 'a list of texts', 'pass [text]')
   model = Classifier.load(run)
   if input is not None:
-    columns = model.bundle.columns
-    part = sources.read_texts(input, text_column or None, None) if text_column else _texts(
-      input, columns
-    )  # fmt: skip
+    part = _texts(input, model.bundle.columns, text_column)
     texts = part.texts if part.pairs is None else list(zip(part.texts, part.pairs, strict=True))
   records = (record for chunk in chunks(texts, model.batch_size) for record in model(chunk))
   if output is None:
@@ -287,7 +95,7 @@ def predict(
 
 def inspect(config) -> dict:
   """What a config would train on and what it would train, without training."""
-  job = prepare(config)
+  job = assemble.prepare(config)
   cfg = job.base.cfg
   groups = {}
   for path, group in job.parts.groups.items():
@@ -327,88 +135,11 @@ def fetch(task: str | None = None, model: str | None = None) -> dict:
   return found
 
 
-def _announce(job: Job) -> list[str]:
-  """What the log says before the first step."""
-  trained, everything = tree.count(job.parts.trainable), tree.count(job.variables)
-  sizes = ', '.join(f'{name} {len(split)}' for name, split in job.data.splits.items())
-  # Parameters, and adam's two moments beside them: what one checkpoint holds.
-  size = 3 * tree.nbytes(job.parts.trainable) / 1e6
-  return [
-    f'task {job.data.name}: {sizes}; labels {", ".join(job.data.labels) or "numbers"}',
-    *(f'note: {note}' for note in job.data.notes),
-    *(f'note: {name}: {note}' for name, e in job.encoded.items() for note in e.notes),
-    f'model {job.base.name}: {job.base.cfg.architecture}, {job.base.cfg.pooling} pooling',
-    f'trainable params: {trained:,} || all params: {everything:,} '
-    f'|| trainable%: {100 * trained / everything:.4f}',
-    f'checkpoints: up to 3 of about {size:.1f} MB',
-  ]
-
-
-def _class_weights(setting, job: Job):
-  """float32 [C], or None."""
-  if setting is None:
-    return None
-  names, labels = job.data.labels, job.encoded['train'].labels
-  where = 'config.train.class_weights'
-  if not names:
-    raise InputError(where, repr(setting), 'None for regression', 'leave it out')
-  if setting == 'balanced':
-    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
-    return np.float32(len(labels) / (len(names) * np.maximum(counts, 1)))
-  if len(setting) != len(names):
-    raise InputError(where, f'{len(setting)} numbers', f'{len(names)}, one a class', 'correct it')
-  return np.float32(setting)
-
-
-def _publish(job: Job, weights: dict, fit: loop.Fit, workdir: Path) -> None:
-  """Writes the bundle."""
-  content = bundle.Bundle(
-    encoder=job.base.cfg.to_dict(),
-    leaves=weights,
-    needs_base=any(path.startswith('params/') for path in tree.flatten(job.parts.frozen)),
-    method=job.config['method'],
-    rules=tuple(map(tuple, job.config['rules'])),
-    labels=job.data.labels,
-    kind=job.data.kind,
-    max_length=job.config['model']['max_length'],
-    dtype=job.config['model']['dtype'],
-    columns=job.data.columns,
-    pooling=job.base.cfg.pooling,
-    tokenizer=job.tokenizer.to_str(),
-    base={'name': job.base.name, 'path': str(job.base.folder), 'sha256': job.base.sha256},
-    metrics=fit.metrics,
-    versions=environment.versions(),
-  )
-  bundle.save(workdir / 'bundle', content)
-
-
-def _card(job: Job, results: dict, workdir: Path) -> str:
-  about = bundle.read_about(workdir / 'bundle')
-  machine = {name: value for name, value in environment.describe().items() if name != 'versions'}
-  costs = (
-    'trainable',
-    'parameters',
-    'steps',
-    'seconds',
-    'examples_per_second',
-    'peak_mb',
-    'bundle_mb',
-  )
-  return bundle.card(
-    about,
-    title=f'{job.data.name}: {job.base.name}',
-    machine={**machine, **{name: results[name] for name in costs}},
-    command=f'efft predict --run={workdir} --input=texts.csv --output=out.jsonl',
-  )
-
-
-def _texts(input, columns):
-  """The texts of a file by the run's own column names, or by what its header suggests."""
+def _texts(input, columns, text_column) -> Split:
+  """The texts of a file: from the column asked for, the run's own, or what the header suggests."""
+  if text_column:
+    return sources.read_texts(input, text_column, columns.get('pair'))
   try:
     return sources.read_texts(input, columns['text'], columns.get('pair'))
   except InputError:
     return sources.read_texts(input)
-
-
-def _size(folder: Path) -> int:
-  return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efft import config, files, main, run
+from efft import config, files, finetune, main, run
 from efft.classifier import Classifier, chunks
 from efft.errors import InputError
 
@@ -304,13 +304,13 @@ def test_running_out_of_memory_cuts_the_batch_and_keeps_the_step(data, tmp_path,
     ).read_bytes()
 
   _, asked = trained('asked', 2)
-  make = run.step.make_step
+  make = finetune.step.make_step
 
   def small_device(*args, **options):
     if options['accumulate'] == 1:
       raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.')
     return make(*args, **options)
 
-  monkeypatch.setattr(run.step, 'make_step', small_device)
+  monkeypatch.setattr(finetune.step, 'make_step', small_device)
   results, found = trained('found', 1)
   assert results['accumulate'] == 2 and found == asked

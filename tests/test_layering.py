@@ -20,7 +20,7 @@ LAYERS = (
   {'training'},
   {'eval', 'assemble'},
   {'bundle', 'environment'},
-  {'classifier'},
+  {'classifier', 'finetune'},
   {'run'},
   {'demo'},
   {'command'},
