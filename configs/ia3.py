@@ -1,7 +1,7 @@
 """(IA)3: scales of keys, values and FFN units (Liu et al. 2022, arXiv 2205.05638).
 
-2 d + d_ff numbers a layer: the fewest of the deltas. They start at one, so weight decay would pull
-them towards zero and is off.
+2 d + d_ff numbers a layer: the fewest of the deltas. They start at one; weight decay, which
+would pull them to zero, acts on matrices only.
 
     efft train --config=configs/ia3.py:task=rotten_tomatoes --workdir=runs/ia3
 """
@@ -18,5 +18,4 @@ def get_config(arg=''):
     ('params/.*', 'frozen'),
   )
   config.optim.lr = 2e-3
-  config.optim.groups = {'delta': {'weight_decay': 0.0}}
   return config

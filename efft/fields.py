@@ -119,9 +119,7 @@ FIELDS = {
   'model.dtype': Field('float32', choice('float32', 'bfloat16'), 'of the computation'),
   'model.remat': Field(False, SWITCH, 'recompute layers in the backward pass to save memory'),
   'model.dropout': Field(None, optional(real(0, 1)), "None: the checkpoint's own"),
-  'method': Field(
-    {}, TABLE, "{name: {'fn': 'lora.lora', option: value}}; they act in the order of their names"
-  ),
+  'method': Field({}, TABLE, "{name: {'fn': 'lora.lora', option: value}}, acting in order of name"),
   'rules': Field(FULL, RULES, "what trains: first match wins, group 'frozen' stays as it is"),
   'optim.name': Field('adamw', choice('adamw', 'adafactor', 'lion'), 'optimiser'),
   'optim.lr': Field(5e-5, real(0, ends='()'), 'peak learning rate'),
@@ -130,7 +128,7 @@ FIELDS = {
   'optim.warmup': Field(0.06, real(0, 1), 'share of the steps'),
   'optim.clip': Field(1.0, optional(real(0, ends='()')), 'gradient norm of what trains'),
   'optim.b1': Field(0.9, real(0, 1), 'decay of the first moment'),
-  'optim.b2': Field(0.999, real(0, 1), 'decay of the second moment'),
+  'optim.b2': Field(None, optional(real(0, 1)), 'of the second moment; None: 0.999, lion 0.99'),
   'optim.eps': Field(1e-8, real(0, ends='()'), 'added to the root of the second moment'),
   'optim.ema': Field(None, optional(real(0, 1, '()')), 'decay of averaged weights, then evaluated'),
   'optim.groups': Field({}, TABLE, '{group: {lr, weight_decay, schedule}} overrides'),

@@ -124,11 +124,13 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) ->
   total = options['steps'] or feed.steps(options['epochs'])
   optimizer = optim.optimizer(config['optim'], job.parts.groups, total)
   frozen = mesh.place(step.cast_frozen(job.parts.frozen, dtype), devices)
-  state = step.init_state(job.parts.trainable, optimizer, config['optim']['ema'])
+  state = step.init_state(
+    job.parts.trainable, optimizer, seed=config['seed'], ema=config['optim']['ema']
+  )
   state = mesh.replicate(state, devices)
   run = step.make_step(
     job.net.logits, loss, optimizer,
-    seed=config['seed'], accumulate=pieces, ema=config['optim']['ema'],
+    accumulate=pieces, ema=config['optim']['ema'],
     class_weights=_class_weights(options['class_weights'], job),
   )  # fmt: skip
   logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))

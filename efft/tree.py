@@ -32,6 +32,10 @@ def unflatten(flat: Mapping) -> dict:
     node = tree
     for key in parents:
       node = node.setdefault(key, {})
+      if not isinstance(node, dict):
+        raise ValueError(f'{path} lies below a leaf')
+    if name in node:
+      raise ValueError(f'{path} is a leaf and has leaves below it')
     node[name] = leaf
   return tree
 

@@ -100,8 +100,8 @@ def test_a_bfloat16_step_accumulates_every_product_in_float32(name):
   """Forward and backward; the pooler and the head alone multiply float32."""
   here = tiny.world(tiny.settings(name), dtype=jnp.bfloat16)
   opt = tiny.optimizer(here)
-  take = step.make_step(here.logits, losses.single(), opt, seed=0)
-  state = step.init_state(here.trainable, opt, None)
+  take = step.make_step(here.logits, losses.single(), opt)
+  state = step.init_state(here.trainable, opt, seed=0)
   traced = take.trace(state, step.cast_frozen(here.frozen, jnp.bfloat16), tiny.batch())
   found = list(products(traced.jaxpr.jaxpr))
   narrow, wide = ('bfloat16', 'bfloat16', 'float32'), ('float32',) * 3

@@ -133,8 +133,8 @@ def test_a_step_changes_what_the_rules_say(row):
   """And lowers the loss, with finite gradients in bfloat16."""
   here = tiny.world(settings(row), tiny.SHORT, dtype=jnp.bfloat16)
   opt = tiny.optimizer(here, lr=3e-3, warmup=0.0)
-  take = step.make_step(here.logits, losses.single(), opt, seed=0)
-  state = step.init_state(here.trainable, opt, None)
+  take = step.make_step(here.logits, losses.single(), opt)
+  state = step.init_state(here.trainable, opt, seed=0)
   frozen = step.cast_frozen(here.frozen, jnp.bfloat16)
   before = jax.tree.map(np.asarray, frozen)
   history = []

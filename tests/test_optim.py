@@ -149,8 +149,8 @@ def three_ways():
   here = tiny.world(tiny.settings('lora'), dataclasses.replace(tiny.SHORT, **still))
   batch = jax.tree.map(jnp.asarray, tiny.batch())
   opt = tiny.optimizer(here, STEPS, **CONFIG)
-  state = step.init_state(here.trainable, opt, None)
-  take = step.make_step(here.logits, losses.single(), opt, seed=0)
+  state = step.init_state(here.trainable, opt, seed=0)
+  take = step.make_step(here.logits, losses.single(), opt)
   ours = take.lower(state, here.frozen, batch).compile()
 
   c = CONFIG

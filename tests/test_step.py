@@ -34,11 +34,13 @@ def scores(rate):
   return logits
 
 
-def run(batches, rate=0.0, opt=None, ema=None, trainable=TRAINABLE, frozen=FROZEN, **fields):
+def run(
+  batches, rate=0.0, opt=None, ema=None, seed=0, trainable=TRAINABLE, frozen=FROZEN, **fields
+):
   """States and metrics after each batch; states as host arrays, for the step takes them away."""
   opt = opt or optax.adam(0.1)
-  take = step.make_step(scores(rate), losses.single(), opt, **{'seed': 0, 'ema': ema} | fields)
-  state, history = step.init_state(trainable, opt, ema), []
+  take = step.make_step(scores(rate), losses.single(), opt, ema=ema, **fields)
+  state, history = step.init_state(trainable, opt, seed=seed, ema=ema), []
   for rows in batches:
     state, metrics = take(state, frozen, rows)
     history.append(jax.tree.map(np.array, (state, metrics)))
@@ -151,7 +153,7 @@ def test_a_run_continues_from_its_state_alone():
   batches = [batch(seed=i) for i in range(4)]
   whole = run(batches, rate=0.3, ema=0.9)
   state = jax.tree.map(jnp.asarray, run(batches[:2], rate=0.3, ema=0.9)[-1][0])
-  take = step.make_step(scores(0.3), losses.single(), optax.adam(0.1), seed=0, ema=0.9)
+  take = step.make_step(scores(0.3), losses.single(), optax.adam(0.1), ema=0.9)
   for rows in batches[2:]:
     state, _ = take(state, FROZEN, rows)
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), whole[-1][0])
@@ -168,16 +170,16 @@ def test_the_state_is_donated_and_the_callers_arrays_are_not():
   opt = optax.adam(0.1)
   trainable = jax.tree.map(jnp.asarray, TRAINABLE)
   frozen, rows = jax.tree.map(jnp.asarray, (FROZEN, batch()))
-  take = step.make_step(scores(0.0), losses.single(), opt, seed=0, ema=0.9)
-  first = step.init_state(trainable, opt, 0.9)
+  take = step.make_step(scores(0.0), losses.single(), opt, ema=0.9)
+  first = step.init_state(trainable, opt, seed=0, ema=0.9)
   second, _ = take(first, frozen, rows)
   assert all(x.is_deleted() for x in jax.tree.leaves(first))
   assert not any(x.is_deleted() for x in jax.tree.leaves((trainable, frozen, rows, second)))
 
 
 def test_one_program_for_all_steps():
-  take = step.make_step(scores(0.1), losses.single(), optax.adam(0.1), seed=0)
-  state = step.init_state(TRAINABLE, optax.adam(0.1), None)
+  take = step.make_step(scores(0.1), losses.single(), optax.adam(0.1))
+  state = step.init_state(TRAINABLE, optax.adam(0.1), seed=0)
   for i in range(3):
     state, _ = take(state, FROZEN, batch(seed=i))
   assert take._cache_size() == 1

@@ -101,9 +101,9 @@ def losses_on(devices: mesh.Mesh, steps: int = 4) -> list[float]:
   """Losses of a short LoRA run with dropout on a mesh: the same numbers on every mesh."""
   here = world(settings('lora', dropout=0.1), SHORT)
   opt = optimizer(here, lr=1e-2)
-  state = mesh.replicate(step.init_state(here.trainable, opt, ema=0.9), devices)
+  state = mesh.replicate(step.init_state(here.trainable, opt, seed=3, ema=0.9), devices)
   frozen = mesh.place(here.frozen, devices)
-  take = step.make_step(here.logits, losses.single(), opt, seed=3, accumulate=2, ema=0.9)
+  take = step.make_step(here.logits, losses.single(), opt, accumulate=2, ema=0.9)
   found = []
   for i in range(steps):
     rows = mesh.put_batch(batch(rows=14, seed=i), devices, multiple=2)

@@ -36,13 +36,13 @@ def dot_general(x, w, dimension_numbers):
   """
   if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())) or w.ndim != 2:
     raise ValueError(f'expected x [..., K] with w [K, N], found {dimension_numbers}')
-  y = _matmul(x.reshape(-1, x.shape[-1]), w.astype(x.dtype))
+  y = _matmul(x.reshape(-1, x.shape[-1]), w)
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 @jax.custom_vjp
 def _matmul(x, w):
-  return contract('mk,kn->mn', x, w)
+  return contract('mk,kn->mn', x, w.astype(x.dtype))
 
 
 def _matmul_fwd(x, w):
@@ -52,7 +52,7 @@ def _matmul_fwd(x, w):
 def _matmul_bwd(residuals, g):
   x, w = residuals
   g = g.astype(x.dtype)
-  dx = contract('mn,kn->mk', g, w).astype(x.dtype)
+  dx = contract('mn,kn->mk', g, w.astype(x.dtype)).astype(x.dtype)
   dw = contract('km,mn->kn', _transpose(x), g).astype(w.dtype)
   return dx, dw
 

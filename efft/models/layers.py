@@ -89,7 +89,7 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-  """A learnt row for each index: int [...] -> [..., features] in the table's own type."""
+  """A learnt row for each index: int [...] -> float32 [..., features]."""
 
   rows: int
   features: int
@@ -98,7 +98,8 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self, index):
     init = nn.initializers.normal(self.init_range)
-    return jnp.take(self.param('embedding', init, (self.rows, self.features)), index, axis=0)
+    table = self.param('embedding', init, (self.rows, self.features))
+    return jnp.take(table, index, axis=0).astype(jnp.float32)
 
 
 class LayerNorm(nn.Module):

@@ -83,7 +83,7 @@ def attach(deltas: Deltas) -> Callable:
       leaf = f'{site}_{name}'
       here = Site(path, y, **context, dropout=lambda x, rate: dropout(module, x, rate))
       if module.is_mutable_collection('delta') and not module.has_variable('delta', leaf):
-        module.put_variable('delta', leaf, delta.init(module.make_rng('delta'), here))
+        module.put_variable('delta', leaf, _init(name, delta, module.make_rng('delta'), here))
       if module.has_variable('delta', leaf):
         y = delta.apply(module.get_variable('delta', leaf), here)
     return y
@@ -216,6 +216,16 @@ def build(method: Mapping, package: str = 'efft.peft') -> dict[str, Delta | tupl
     except (TypeError, ValueError, re.error) as error:
       raise InputError(where, str(error), f'valid options of {spec["fn"]}', 'correct it') from None
   return deltas
+
+
+def _init(name: str, delta: Delta, key, site: Site):
+  try:
+    return delta.init(key, site)
+  except ValueError as error:
+    raise InputError(
+      f'config.method.{name}', f'{error} (at {site.path})', 'an option that fits this encoder',
+      'change at= or the size',
+    ) from None  # fmt: skip
 
 
 def _parts(deltas: Deltas) -> list[tuple[str, Delta]]:

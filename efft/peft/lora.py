@@ -29,6 +29,8 @@ def lora(
   scale = alpha / rank
 
   def init(key, site):
+    if site.w is None:
+      raise ValueError(f'at={at!r}, a site without a kernel')
     d_in, d_out = site.w.shape
     bound = d_in**-0.5
     return {

@@ -33,7 +33,9 @@ def schedule(kind: str, lr: float, warmup: float, steps: int) -> optax.Schedule:
   return value
 
 
-def direction(name: str, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def direction(
+  name: str, b1: float = 0.9, b2: float | None = None, eps: float = 1e-8
+) -> optax.GradientTransformation:
   """The update before weight decay and learning rate.
 
   'adamw' and 'lion' as published; 'adafactor' with factored second moments, updates clipped to a
@@ -43,8 +45,8 @@ def direction(name: str, b1: float, b2: float, eps: float) -> optax.GradientTran
   if name == 'adafactor':
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
   if name == 'lion':
-    return optax.scale_by_lion(b1, b2)
-  return optax.scale_by_adam(b1, b2, eps)
+    return optax.scale_by_lion(b1, 0.99 if b2 is None else b2)
+  return optax.scale_by_adam(b1, 0.999 if b2 is None else b2, eps)
 
 
 def optimizer(config: Mapping, groups: Mapping[str, str], steps: int):

@@ -16,12 +16,15 @@ class State(NamedTuple):
 
   Attributes:
     step: int32 [], steps taken.
+    seed: uint32 [], of dropout. Here, and not in the program, so that runs that differ in it share
+      what was compiled.
     trainable: the trainable leaves of {'params': ..., 'delta': ...}.
     opt_state: the optimiser's state over them.
     ema: their exponential moving average, or None.
   """
 
   step: jax.Array
+  seed: jax.Array
   trainable: Any
   opt_state: Any
   ema: Any = None
@@ -32,11 +35,14 @@ class State(NamedTuple):
     return self.trainable if self.ema is None else self.ema
 
 
-def init_state(trainable, optimizer: optax.GradientTransformation, ema: float | None) -> State:
+def init_state(
+  trainable, optimizer: optax.GradientTransformation, *, seed: int, ema: float | None = None
+) -> State:
   """The state before the first step; copies what the step will donate."""
   trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
-  average = jax.tree.map(jnp.copy, trainable) if ema else None
-  return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
+  average = jax.tree.map(jnp.copy, trainable) if ema is not None else None
+  start = jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32)
+  return State(*start, trainable, optimizer.init(trainable), average)
 
 
 def cast_frozen(frozen: Mapping, dtype) -> dict:
@@ -69,7 +75,6 @@ def make_step(
   loss: Callable,
   optimizer: optax.GradientTransformation,
   *,
-  seed: int,
   accumulate: int = 1,
   ema: float | None = None,
   class_weights=None,
@@ -80,16 +85,16 @@ def make_step(
     logits: (variables, batch, rngs) -> [B, C].
     loss: (logits, labels) -> [B].
     optimizer: over the trainable tree.
-    seed: of dropout.
     accumulate: micro-batches that the batch is cut into; must divide its rows. Their gradients
       are summed in a scan, weighted so that the step equals the uncut one up to rounding (and,
       with dropout, up to its draws).
     ema: decay of the average of the weights, or None.
-    class_weights: float32 [C] or None; the loss is the weighted mean, as in torch.
+    class_weights: float32 [C] or None; the loss is the weighted mean (torch's too, but for
+      label smoothing, where torch weighs each class's share by that class).
   """
 
   def step(state: State, frozen, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     weights = example_weights(batch['weights'], batch['labels'], class_weights)
     batch = {**batch, 'weights': weights / jnp.maximum(weights.sum(), 1e-12)}
 
@@ -117,7 +122,7 @@ def make_step(
     if ema is not None:
       average = optax.incremental_update(trainable, state.ema, 1 - ema)
     metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads)}
-    return State(state.step + 1, trainable, opt_state, average), metrics
+    return State(state.step + 1, state.seed, trainable, opt_state, average), metrics
 
   return jax.jit(step, donate_argnums=0)
 

@@ -56,8 +56,8 @@ def main(argv):
   frozen = step.cast_frozen(frozen, dtype)
   del params, variables
   optimizer = optim.optimizer(config['optim'], trained, 1000)
-  state = step.init_state(trainable, optimizer, None)
-  run = step.make_step(step.forward(model), losses.single(), optimizer, seed=0)
+  state = step.init_state(trainable, optimizer, seed=0)
+  run = step.make_step(step.forward(model), losses.single(), optimizer)
   rng = np.random.default_rng(0)
   shape = BATCH.value, LENGTH.value
   batch = {
