@@ -3,6 +3,7 @@
 Everything goes to standard error; standard output belongs to results.
 """
 
+import collections
 import contextlib
 import logging
 import math
@@ -69,8 +70,9 @@ class Progress:
     self._bar = None
 
   def start(self, step: int, total: int) -> None:
-    self._total, self._first = total, step
-    self._begin = self._line = time.monotonic()
+    self._total, self._line = total, time.monotonic()
+    # Of the last few updates, so that the compilation of the first steps is soon forgotten.
+    self._recent = collections.deque([(self._line, step)], maxlen=8)
     if self.console.is_terminal:
       self._bar = Bar(
         TextColumn('[bold]train'), BarColumn(), MofNCompleteColumn(),
@@ -86,9 +88,11 @@ class Progress:
     if self._bar:
       self._bar.update(self._task, completed=step, **shown)
     now = time.monotonic()
+    self._recent.append((now, step))
     if now - self._line >= self.every or step >= self._total:
       self._line = now
-      left = (now - self._begin) / max(step - self._first, 1) * (self._total - step)
+      since, first = self._recent[0]
+      left = (now - since) / max(step - first, 1) * (self._total - step)
       log.info(
         'step %d/%d, loss %s, %s examples/s, %s left',
         step,
