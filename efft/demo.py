@@ -33,7 +33,9 @@ def demo(workdir: str = 'runs/demo', *, short: bool = False) -> dict:
   records = list(run.predict(workdir, SENTENCES))
 
   shown = [(f'test {name}', _number(value)) for name, value in scores.items()]
-  shown += [(name, text.format(**results)) for name, text in ROWS]
+  # A run that was stopped after its last step has no speed of its own to tell.
+  known = {name: float('nan') if x is None else x for name, x in results.items()}
+  shown += [(name, text.format(**known)) for name, text in ROWS]
   said = [(r['text'], f'{r["label"]} {r["score"]:.2f}') for r in records]
   console = Console(highlight=False)
   title = f'LoRA r={cfg.method.lora.rank} of {cfg.model.name} on {cfg.task.name}'
