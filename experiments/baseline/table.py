@@ -22,12 +22,14 @@ def main():
         cells, means = [], []
         for records in sides.values():
           found = [
-            100 * record['metrics'][metric]
+            100 * (record['metrics'][metric] or 0.0)
             for record in records
             if (record['task'], record['pooling'], record['method']) == (task, pooling, method)
           ]
           means.append(statistics.mean(found))
-          cells.append(f'{means[-1]:.1f} ± {statistics.stdev(found):.1f}')
+          spread = statistics.stdev(found) if len(found) > 1 else 0.0
+          missing = '' if len(found) == 3 else f' ({len(found)} seeds)'
+          cells.append(f'{means[-1]:.1f} ± {spread:.1f}{missing}')
         row = (f'{task}, {metric}', pooling, method, *cells, f'{means[0] - means[1]:+.1f}')
         print('| ' + ' | '.join(row) + ' |')
 
