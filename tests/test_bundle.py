@@ -1,10 +1,10 @@
 """Bundles: what goes in comes out, and what was damaged or changed is refused in words."""
 
 import json
-import resource
 import subprocess
 import sys
 
+import disk
 import numpy as np
 import pytest
 
@@ -150,13 +150,9 @@ def test_a_failed_save_leaves_what_was_there(saved):
   before = files.digests(saved)
   with pytest.raises(Diverged, match='params/x is not finite'):
     bundle.save(saved, make(leaves={'params/x': np.array([np.nan])}))
-  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-  try:
+  with disk.full(10_000):
     with pytest.raises(EnvironmentProblem, match='bundle: cannot write: File too large'):
       bundle.save(saved, make(leaves={'params/x': np.zeros(9000)}))
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert files.digests(saved) == before and [p.name for p in saved.parent.iterdir()] == ['bundle']
 
 

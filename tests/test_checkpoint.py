@@ -1,9 +1,9 @@
 """Checkpoints: what is kept, what is believed, what is refused."""
 
-import resource
 import shutil
 from typing import Any, NamedTuple
 
+import disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,13 +146,9 @@ def test_a_full_disk_and_an_unwritable_place_are_the_machines_problem(tmp_path, 
   state = state_at(2, shape=(500, 500))
   with checkpoint.Checkpoints(tmp_path / 'a') as checkpoints:
     checkpoints.save(1, state, {})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
+    with disk.full(100_000):
       with pytest.raises(EnvironmentProblem, match='/2: cannot write the checkpoint'):
         checkpoints.save(2, state, {})
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, before)
   with checkpoint.Checkpoints(tmp_path / 'a') as checkpoints:
     assert checkpoints.steps == [1]
     assert [p.name for p in (tmp_path / 'a').iterdir() if 'tmp' in p.name] == []

@@ -3,27 +3,18 @@
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
 import textwrap
 
+import disk
 import numpy as np
 import pytest
 
 from efft import files
 from efft.errors import EnvironmentProblem, InputError
-
-
-@pytest.fixture
-def full_disk():
-  """Files cannot grow past 8 kB, which looks like a full disk, and stops root as well."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -58,22 +49,23 @@ def test_atomic_write_follows_a_link_and_refuses_special_files(tmp_path):
   assert stat.S_ISCHR(os.stat('/dev/null').st_mode)
 
 
-def test_a_full_disk_leaves_the_old_content_and_no_litter(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_old_content_and_no_litter(tmp_path):
   path = tmp_path / 'a'
-  files.atomic_write(path, 'old')
-  with pytest.raises(EnvironmentProblem, match='cannot write: File too large'):
-    files.atomic_write(path, b'x' * 9000)
-  assert path.read_text() == 'old' and names(tmp_path) == ['a']
-
-  with pytest.raises(EnvironmentProblem), files.atomic_folder(tmp_path / 'b') as temp:
-    (temp / 'big').write_bytes(b'x' * 9000)
-  assert names(tmp_path) == ['a']
-
   log = tmp_path / 'log.jsonl'
-  files.append_jsonl(log, {'n': 1})
-  with pytest.raises(EnvironmentProblem, match='log.jsonl'):
-    files.append_jsonl(log, {'text': 'x' * 9000})
-  files.append_jsonl(log, {'n': 2})
+  with disk.full(8192):
+    files.atomic_write(path, 'old')
+    with pytest.raises(EnvironmentProblem, match='cannot write: File too large'):
+      files.atomic_write(path, b'x' * 9000)
+    assert path.read_text() == 'old' and names(tmp_path) == ['a']
+
+    with pytest.raises(EnvironmentProblem), files.atomic_folder(tmp_path / 'b') as temp:
+      (temp / 'big').write_bytes(b'x' * 9000)
+    assert names(tmp_path) == ['a']
+
+    files.append_jsonl(log, {'n': 1})
+    with pytest.raises(EnvironmentProblem, match='log.jsonl'):
+      files.append_jsonl(log, {'text': 'x' * 9000})
+    files.append_jsonl(log, {'n': 2})
   assert files.read_jsonl(log) == [{'n': 1}, {'n': 2}]
 
 
