@@ -147,7 +147,7 @@ FIELDS = {
   'train.log_every': Field(10, integer(1), 'steps between lines of metrics.jsonl', steers=False),
   'train.patience': Field(None, optional(integer(1)), 'evaluations without a gain before stopping'),
   'train.save': Field('best', choice('best', 'last'), 'the weights that the run hands on'),
-  'train.group_by_length': Field(True, SWITCH, 'batches of similar lengths: less padding'),
+  'train.group_by_length': Field(False, SWITCH, 'similar lengths in a batch: faster, less random'),
   'train.checkpoint_every': Field(
     None, optional(integer(1)), 'steps; None: at evaluations', steers=False
   ),

@@ -61,7 +61,6 @@ def test_overrides_of_every_kind(run):
   overrides = {
     '--config.optim.clip=None': lambda c: c.optim.clip is None,
     '--config.model.remat': lambda c: c.model.remat is True,
-    '--noconfig.train.group_by_length': lambda c: c.train.group_by_length is False,
     '--config.train.steps=10': lambda c: c.train.steps == 10,
     '--config.task.text=12': lambda c: c.task.text == '12',
     '--config.train.class_weights=[1, 2.5]': lambda c: list(c.train.class_weights) == [1, 2.5],
@@ -73,6 +72,13 @@ def test_overrides_of_every_kind(run):
   [(_, (config, _), _)] = run.calls
   for override, holds in overrides.items():
     assert holds(config), override
+
+
+def test_a_switch_is_turned_on_and_off_again(run):
+  on, off = '--config.train.group_by_length', '--noconfig.train.group_by_length'
+  for flags, expected in (([on], True), ([off], False), ([on, off], False), ([off, on], True)):
+    assert main([*TRAIN, *flags]) == 0
+    assert run.calls[-1][1][0].train.group_by_length is expected
 
 
 def test_evaluate_inspect_fetch(run):
