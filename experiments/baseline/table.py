@@ -14,24 +14,31 @@ METRIC = {'sst2': 'accuracy', 'mrpc': 'accuracy', 'cola': 'matthews', 'stsb': 'p
 
 def main():
   sides = {name: files.read_jsonl(HERE / f'{name}.jsonl') for name in ('records', 'peer')}
-  print('| task, metric | pooling | method | efft | transformers + PEFT | difference |')
-  print('|---|---|---|---|---|---|')
-  for task, metric in METRIC.items():
-    for pooling in ('cls', 'mean'):
-      for method in ('lora', 'full'):
-        cells, means = [], []
-        for records in sides.values():
-          found = [
-            100 * (record['metrics'][metric] or 0.0)
-            for record in records
-            if (record['task'], record['pooling'], record['method']) == (task, pooling, method)
-          ]
-          means.append(statistics.mean(found))
-          spread = statistics.stdev(found) if len(found) > 1 else 0.0
-          missing = '' if len(found) == 3 else f' ({len(found)} seeds)'
-          cells.append(f'{means[-1]:.1f} ± {spread:.1f}{missing}')
-        row = (f'{task}, {metric}', pooling, method, *cells, f'{means[0] - means[1]:+.1f}')
-        print('| ' + ' | '.join(row) + ' |')
+  cells = sorted(
+    {cell(r) for r in sides['records']}, key=lambda c: (list(METRIC).index(c[0]), c[1:])
+  )
+  print('| task, metric | steps | pooling | method | efft | transformers + PEFT | difference |')
+  print('|---|---|---|---|---|---|---|')
+  for key in cells:
+    task, steps, pooling, method = key
+    found = {
+      name: [100 * (r['metrics'][METRIC[task]] or 0.0) for r in records if cell(r) == key]
+      for name, records in sides.items()
+    }
+    scores = [score(values) for values in found.values()]
+    ours, theirs = (statistics.mean(values) for values in found.values())
+    row = (f'{task}, {METRIC[task]}', str(steps), pooling, method, *scores, f'{ours - theirs:+.1f}')
+    print('| ' + ' | '.join(row) + ' |')
+
+
+def cell(record: dict) -> tuple:
+  return record['task'], record['steps'], record['pooling'], record['method']
+
+
+def score(values: list[float]) -> str:
+  spread = statistics.stdev(values) if len(values) > 1 else 0.0
+  missing = '' if len(values) == 3 else f' ({len(values)} seeds)'
+  return f'{statistics.mean(values):.1f} ± {spread:.1f}{missing}'
 
 
 if __name__ == '__main__':
