@@ -26,6 +26,7 @@ def demo(workdir: str = 'runs/demo', *, short: bool = False) -> dict:
   """
   cfg = config.load('configs/lora.py:task=rotten_tomatoes')
   cfg.train.epochs = 1.0
+  cfg.train.group_by_length = True  # half the time on snippets of 5 to 70 tokens
   if short:
     cfg.task.fraction, cfg.train.steps, cfg.model.max_length = 0.02, 6, 32
   results = run.train(cfg, workdir)
