@@ -3,6 +3,8 @@
 # make lint   ruff, as CI runs it
 PYTHON ?= python3
 VENV ?= .venv
+# Processes of the test suite, at about 3 GB each.
+JOBS ?= 2
 
 .PHONY: demo test lint venv
 .DELETE_ON_ERROR:
@@ -11,7 +13,7 @@ demo: venv
 	$(VENV)/bin/python -m efft demo
 
 test: venv
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) tests
 
 lint: venv
 	$(VENV)/bin/python -m ruff check .

@@ -11,7 +11,7 @@ readme = root / 'README.md'
 parts = sorted(
   '.'.join(file.parent.relative_to(root).parts) for file in root.glob('efft/**/__init__.py')
 )
-test = ['pytest>=8', 'hypothesis>=6.100']
+test = ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100']
 
 setup(
   name='efft',
@@ -24,6 +24,7 @@ setup(
   # The configs are installed beside the code, where `--config=configs/lora.py` finds them.
   packages=[*parts, 'efft.configs'],
   package_dir={'efft': 'efft', 'efft.configs': 'configs'},
+  package_data={'efft': ['methods.json']},
   entry_points={'console_scripts': ['efft=efft.main:main']},
   install_requires=[
     # Two pairs, not a cross product: jax 0.11 needs Python 3.12, flax 0.12.8 needs jax < 0.12.

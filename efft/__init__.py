@@ -10,7 +10,7 @@ import than `efft --help` may take to answer.
 """
 
 __version__ = '0.1.0'
-__all__ = ['evaluate', 'fetch', 'inspect', 'predict', 'train']
+__all__ = ['combine', 'evaluate', 'fetch', 'inspect', 'predict', 'train']
 
 
 def __getattr__(name):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from efft import config as configs
-from efft import tree
-from efft.data import packages, sources, tokens
+from efft import transfer, tree
+from efft.data import batches, packages, sources, tokens
 from efft.errors import InputError
 from efft.models import hub
 from efft.models.encoder import Encoder, EncoderConfig
@@ -28,24 +28,48 @@ class Network:
     model: the linen module.
     deltas: the named deltas on its tap.
     logits: (variables, batch, rngs=None) -> float32 [B, C].
+    penalty: (variables) -> what the deltas add to the loss; None where they add nothing.
   """
 
   model: Encoder
   deltas: Mapping[str, Any]
   logits: Callable
+  penalty: Callable | None = None
 
 
 def network(cfg: EncoderConfig, method: Mapping, dtype: str, remat: bool = False) -> Network:
   """The network of a config's `method` section; see `efft.peft.base.build`."""
   deltas = peft.build(method)
   model = Encoder(cfg, Hooks(tap=peft.attach(deltas)), DTYPES[dtype], remat)
-  return Network(model, deltas, step.forward(model, lambda delta: peft.expand(deltas, delta)))
+  logits = step.forward(model, lambda delta, key: peft.expand(deltas, delta, key))
+  if not peft.has(deltas, 'penalty'):
+    return Network(model, deltas, logits)
+  return Network(model, deltas, logits, lambda values: peft.penalty(deltas, values['delta']))
 
 
-def variables(net: Network, params: Mapping, key) -> dict:
-  """{'params': ..., 'delta': ...} at the start of training; no 'delta' where there is none."""
-  delta = peft.init(net.model, net.deltas, params, key)
-  return {'params': params, 'delta': delta} if delta else {'params': params}
+def variables(
+  net: Network,
+  params: Mapping,
+  key,
+  encoded: tokens.Encoded | None = None,
+  inherit: Callable = lambda values: values,
+) -> dict:
+  """{'params': ..., 'delta': ...} at the start of training; no 'delta' where there is none.
+
+  Args:
+    net: of `network`.
+    params: the checkpoint's.
+    key: of the deltas' random numbers.
+    encoded: the training split, which some deltas look at.
+    inherit: from these variables to those with what other runs have trained.
+  """
+  wanted = peft.examples(net.deltas)
+  batch = batches.Batches(encoded, wanted, seed=0).batch(0) if wanted else None
+  delta = peft.init(net.model, net.deltas, params, key, batch)
+  values = inherit({'params': params, 'delta': delta} if delta else {'params': params})
+  if not delta:
+    return values
+  return {**values, 'params': peft.rebase(net.deltas, values['params'], values['delta'])}
 
 
 def with_dropout(cfg: EncoderConfig, rate: float | None) -> EncoderConfig:
@@ -80,9 +104,13 @@ class Partition:
 
 
 def partition(values: Mapping, rules) -> Partition:
-  """Rules -> labels -> what trains and what does not."""
-  groups = tree.labels(values, rules)
-  groups = {path: group for path, group in groups.items() if group != 'frozen'}
+  """Rules -> labels -> what trains and what does not; integers never do."""
+  groups, flat = tree.labels(values, rules), tree.flatten(values)
+  groups = {
+    path: group
+    for path, group in groups.items()
+    if group != 'frozen' and jnp.issubdtype(flat[path].dtype, jnp.floating)
+  }
   trainable, frozen = tree.split(values, groups.__contains__)
   return Partition(trainable, frozen, groups)
 
@@ -111,28 +139,33 @@ def prepare(config) -> Job:
     model['name'],
     num_labels=data.num_labels,
     pooling=model['pooling'],
-    head=model['head'],
+    head='new' if model['init_from'] else model['head'],
     key=head_key,
   )
   base = dataclasses.replace(base, cfg=with_dropout(base.cfg, model['dropout']))
   check_length(base.cfg, model['max_length'])
   tokenizer = hub.tokenizer(base.folder, base.cfg.vocab_size)
   net = network(base.cfg, config['method'], model['dtype'], model['remat'])
-  values = variables(net, base.params, delta_key)
-  parts = partition(values, config['rules'])
   cache = packages.cache_root() / 'tokens'
   encoded = {
     name: tokens.encode(split, tokenizer, model['max_length'], cache)
     for name, split in data.splits.items()
   }
+
+  def inherit(values):
+    if not model['init_from']:
+      return values
+    return transfer.inherit(
+      values, model['init_from'],
+      method=config['method'], params=base.params, sha256=base.sha256,
+      trains=partition(values, config['rules']).groups, weights=model['init_weights'],
+      head=data.labels if model['head'] == 'keep' else None, pooling=base.cfg.pooling,
+    )  # fmt: skip
+
+  values = variables(net, base.params, delta_key, encoded['train'], inherit)
+  if net.deltas:
+    # What a method adds to the longest text has to fit too; better now than at its batch.
+    longest = jax.ShapeDtypeStruct((1, model['max_length']), jnp.int32)
+    jax.eval_shape(net.logits, values, dict.fromkeys(('input_ids', 'mask', 'token_types'), longest))
+  parts = partition(values, config['rules'])
   return Job(config, data, encoded, base, tokenizer, net, values, parts)
-
-
-def handed_on(weights: Mapping, frozen: Mapping) -> dict:
-  """{path: array} of what a bundle must hold: all that trained, all deltas, the head."""
-  kept = {
-    path: x
-    for path, x in tree.flatten(frozen).items()
-    if path.startswith(('delta/', 'params/head/'))
-  }
-  return {path: jax.device_get(x) for path, x in {**tree.flatten(weights), **kept}.items()}

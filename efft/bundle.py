@@ -1,7 +1,8 @@
 """The artefact of a run: a folder that classifies, with its base model's help where it needs one.
 
     bundle.json           what follows, in words: encoder, method, labels, base, metrics, digests
-    weights.safetensors   float32 leaves by path ('params/head/out/kernel', 'delta/layer_0/...')
+    weights.safetensors   leaves by path ('params/head/out/kernel', 'delta/layer_0/...'): float32,
+                          integers, and what `efft.compact` makes of masks and sparse changes
     tokenizer.json        the fast tokenizer, as `tokenizers` reads it
 
 A bundle appears whole or not at all, and is verified before anything of it is used. Nothing in it
@@ -18,10 +19,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from efft import files
+from efft import compact, files
 from efft.errors import Diverged, InputError
 
-VERSION = 1
+VERSION = 2
 _ABOUT, _WEIGHTS, _TOKENIZER = 'bundle.json', 'weights.safetensors', 'tokenizer.json'
 
 
@@ -29,7 +30,8 @@ _ABOUT, _WEIGHTS, _TOKENIZER = 'bundle.json', 'weights.safetensors', 'tokenizer.
 class Bundle:
   """What a bundle folder holds. All but the leaves and the tokenizer is JSON."""
 
-  leaves: dict[str, np.ndarray]  # path -> float32 array: all that was trained, and head and delta
+  # path -> array or compact.Sparse: all that was trained, and head and delta
+  leaves: dict[str, Any]
   tokenizer: str  # the text of tokenizer.json
   encoder: dict[str, Any]  # EncoderConfig.to_dict()
   method: dict[str, dict]  # config.method: {name: {'fn': ..., arguments}}
@@ -51,14 +53,14 @@ def save(folder: str | Path, bundle: Bundle) -> None:
 
   Raises Diverged where a leaf holds NaN or infinity, EnvironmentProblem where the disk refuses.
   """
-  leaves = {p: np.asarray(x, np.float32, order='C') for p, x in sorted(bundle.leaves.items())}
+  leaves = {path: _storable(x) for path, x in sorted(bundle.leaves.items())}
   for path, leaf in leaves.items():
-    if not np.isfinite(leaf).all():
+    if not np.isfinite(leaf.values if isinstance(leaf, compact.Sparse) else leaf).all():
       raise Diverged(f'{folder}: {path} is not finite; nothing was published')
   about = {f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle)}
   del about['leaves'], about['tokenizer']
   with files.atomic_folder(folder) as temp:
-    (temp / _WEIGHTS).write_bytes(safetensors.numpy.save(leaves))
+    (temp / _WEIGHTS).write_bytes(safetensors.numpy.save(compact.encode(leaves)))
     (temp / _TOKENIZER).write_text(bundle.tokenizer, encoding='utf-8')
     about |= {
       'version': VERSION,
@@ -70,25 +72,25 @@ def save(folder: str | Path, bundle: Bundle) -> None:
 
 
 def load(folder: str | Path) -> Bundle:
-  """Reads and verifies a bundle; InputError says in words what is wrong with it."""
-  folder = Path(folder)
+  """Reads and verifies a bundle, or that of a run; InputError says in words what is wrong."""
+  folder = _inside(folder)
   about = read_about(folder)
   problem = files.damage(folder, about['files'])
   if problem:
     raise _damaged(folder, problem)
   try:
-    leaves = safetensors.numpy.load((folder / _WEIGHTS).read_bytes())
+    arrays = safetensors.numpy.load((folder / _WEIGHTS).read_bytes())
   except (safetensors.SafetensorError, ValueError) as error:
     raise _damaged(folder, f'{_WEIGHTS} is not readable ({error})') from None
-  shapes = {path: list(leaf.shape) for path, leaf in leaves.items()}
-  if shapes != about['leaves']:
-    wrong = sorted(p for p in shapes | about['leaves'] if shapes.get(p) != about['leaves'].get(p))
-    raise _damaged(folder, f'{_WEIGHTS} and {_ABOUT} differ in {", ".join(wrong[:5])}')
+  try:
+    leaves = compact.decode(arrays, about['leaves'])
+  except ValueError as error:
+    raise _damaged(folder, f'{_WEIGHTS} and {_ABOUT} differ in {error}') from None
   fields = {f.name: about[f.name] for f in dataclasses.fields(Bundle) if f.name != 'tokenizer'}
   return Bundle(
     **fields
     | {
-      'leaves': {path: leaves[path] for path in about['leaves']},
+      'leaves': leaves,
       'tokenizer': (folder / _TOKENIZER).read_text(encoding='utf-8'),
       'rules': tuple(map(tuple, about['rules'])),
       'labels': tuple(about['labels']),
@@ -98,7 +100,7 @@ def load(folder: str | Path) -> Bundle:
 
 def read_about(folder: str | Path) -> dict[str, Any]:
   """bundle.json alone, verified: labels, metrics and base without reading the weights."""
-  path = Path(folder) / _ABOUT
+  path = _inside(folder) / _ABOUT
   try:
     about = json.loads(path.read_bytes())
   except OSError as error:
@@ -166,6 +168,19 @@ def card(about: Mapping[str, Any], *, title: str, machine: Mapping[str, Any], co
     '## Metrics', '', '| metric | value |', '|---|---|', *scores, '',
     '## Made on', '', '| | |', '|---|---|', *facts, '',
   ])  # fmt: skip
+
+
+def _inside(folder: str | Path) -> Path:
+  """The bundle of a run folder, or the bundle itself."""
+  folder = Path(folder)
+  return folder / 'bundle' if (folder / 'bundle').is_dir() else folder
+
+
+def _storable(x):
+  if isinstance(x, compact.Sparse):
+    return x
+  x = np.asarray(x, order='C')
+  return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
 
 
 def _digest(about: Mapping) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efft import assemble, bundle, mesh, tree
+from efft import assemble, bundle, mesh, transfer, tree
 from efft.data import batches, tokens
 from efft.data.splits import Split
 from efft.errors import InputError
@@ -48,14 +48,11 @@ class Classifier:
       InputError: no bundle, a damaged one, or a base model that is not the one trained on.
     """
     folder = Path(folder)
-    content = bundle.load(folder / 'bundle' if (folder / 'bundle').is_dir() else folder)
+    content = bundle.load(folder)
     cfg = EncoderConfig.from_dict(content.encoder)
     net = assemble.network(cfg, content.method, content.dtype)
-    flat = dict(content.leaves)
-    if content.needs_base:
-      base = _base(content, cfg)
-      flat = {**{f'params/{path}': x for path, x in tree.flatten(base).items()}, **flat}
-    variables = tree.unflatten(flat)
+    params = transfer.pretrained(content) if content.needs_base else {}
+    variables = transfer.restored(net.deltas, content.leaves, params)
     expected = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     if difference := tree.diff(expected, variables['params']):
       raise InputError(
@@ -146,13 +143,3 @@ def chunks(items: Iterable, most: int) -> Iterator[list]:
       if error is not None:
         raise error
       return
-
-
-def _base(content: bundle.Bundle, cfg: EncoderConfig) -> dict:
-  """The pretrained parameters, from where they were or from where their name leads."""
-  place = content.base['path'] if Path(content.base['path']).is_dir() else content.base['name']
-  base = hub.load(
-    place, num_labels=cfg.num_labels, pooling=cfg.pooling, head='new', key=jax.random.key(0)
-  )
-  bundle.check_base(content, base.sha256)
-  return base.params

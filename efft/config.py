@@ -33,10 +33,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 OPEN = tuple(name for name, field in FIELDS.items() if field.check is TABLE)
-GROUP_FIELDS = ('lr', 'weight_decay', 'schedule')
-# `file.py:key=value,...`: every task field by its own name, and the two everybody sets.
+GROUP_FIELDS = ('lr', 'weight_decay', 'schedule', 'transform')
+# `file.py:key=value,...`: every task field by its own name, and what everybody sets.
 SHORT = {name.partition('.')[2]: name for name in FIELDS if name.startswith('task.')}
-SHORT |= {'task': SHORT.pop('name'), 'model': 'model.name'}
+SHORT |= {'task': SHORT.pop('name'), 'model': 'model.name', 'init_from': 'model.init_from'}
 REQUIRED = object()
 
 
@@ -60,7 +60,8 @@ def unknown(where: str, what: str, name: str, names) -> InputError:
 def default(arg: str = '') -> ConfigDict:
   """The config of full fine-tuning with `arg` applied: 'task=reviews.csv,text=review,label=stars'.
 
-  Labels are separated by '|'. A value that holds a comma goes through `--config.FIELD=` instead.
+  Labels, and runs to start from, are separated by '|'. A value that holds a comma goes through
+  `--config.FIELD=` instead.
   """
   config = ConfigDict()
   for name, field in FIELDS.items():
@@ -77,7 +78,7 @@ def default(arg: str = '') -> ConfigDict:
       raise InputError('--config=FILE:' + arg, found, 'key=value', "as in 'task=reviews.csv'")
     if key not in SHORT:
       raise unknown('--config=FILE:' + arg, 'key', key, SHORT)
-    _assign(config, SHORT[key], value.split('|') if key == 'labels' else value)
+    _assign(config, SHORT[key], value.split('|') if key in ('labels', 'init_from') else value)
   return config.lock()
 
 
@@ -137,18 +138,28 @@ def load(spec: str) -> ConfigDict:
     for name, method in config.method.items():
       if not isinstance(method, ConfigDict):
         raise InputError(f'config.method.{name}', repr(method), 'a dict', f'mend {file}')
-      given = {k: v for k, v in method.items() if k != 'fn'}
-      known = {k: v for k, v in signature(method.get('fn')).items() if v is not REQUIRED}
-      config.method[name] = ConfigDict({'fn': method.get('fn')})
-      for option, value in (known | given).items():
-        config.method[name][option] = FieldReference(value, field_type=object)
+      config.method[name] = _opened(method, f'config.method.{name}')
     for group in {group for _, group in config.rules} - {'frozen'}:
       if group not in config.optim.groups:
         config.optim.groups[group] = ConfigDict()
       for key in GROUP_FIELDS:
         value = config.optim.groups[group].get(key)
-        config.optim.groups[group][key] = FieldReference(value, field_type=object)
+        if isinstance(value, ConfigDict):
+          value = _opened(value, f'config.optim.groups.{group}.{key}')
+        else:
+          value = FieldReference(value, field_type=object)
+        config.optim.groups[group][key] = value
   return config.lock()
+
+
+def _opened(spec: ConfigDict, where: str) -> ConfigDict:
+  """A function and its options with those that it leaves at their defaults."""
+  given = {k: v for k, v in spec.items() if k != 'fn'}
+  known = signature(spec.get('fn'), where=where).items()
+  opened = ConfigDict({'fn': spec.get('fn')})
+  for option, value in ({k: v for k, v in known if v is not REQUIRED} | given).items():
+    opened[option] = FieldReference(value, field_type=object)
+  return opened
 
 
 def _from_python(file: Path, arg: str) -> ConfigDict:
@@ -279,11 +290,20 @@ def _groups(groups: dict, trained: list[str]) -> dict:
       if key not in GROUP_FIELDS:
         raise unknown(where, 'option', str(key), GROUP_FIELDS)
     checked[group] = {
-      k: _checked(f'{where}.{k}', v, FIELDS[f'optim.{k}'])
+      k: _transform(f'{where}.{k}', v)
+      if k == 'transform'
+      else _checked(f'{where}.{k}', v, FIELDS[f'optim.{k}'])
       for k, v in options.items()
       if v is not None
     }
   return checked
+
+
+def _transform(where: str, spec: Any) -> dict:
+  if not isinstance(spec, dict):
+    fix = "as in {'fn': 'masks.fish', 'density': 0.005}"
+    raise InputError(where, repr(spec), 'a function and its options', fix)
+  return _function(where, spec)
 
 
 def _method(name: str, spec: Any) -> dict:
@@ -291,8 +311,13 @@ def _method(name: str, spec: Any) -> dict:
   if not isinstance(spec, dict) or not str(name).isidentifier():
     fix = "as in {'lora': {'fn': 'lora.lora', 'rank': 8}}"
     raise InputError(where, repr(spec), 'a name and its options', fix)
+  return _function(where, spec)
+
+
+def _function(where: str, spec: dict) -> dict:
+  """A function of `peft` and all of its options, each of the kind of its default."""
   options = {key: value for key, value in spec.items() if key != 'fn'}
-  known = signature(spec.get('fn'))
+  known = signature(spec.get('fn'), where=where)
   for key in options:
     if key not in known:
       raise unknown(where, 'option', str(key), known)
@@ -319,8 +344,10 @@ def _like(where: str, value: Any, start: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 
 
-def signature(fn: Any, folder: Path = PACKAGE / 'peft') -> dict[str, Any]:
-  """Options of a method function 'module.function' and their defaults (REQUIRED: none).
+def signature(
+  fn: Any, folder: Path = PACKAGE / 'peft', where: str = 'config.method.*'
+) -> dict[str, Any]:
+  """Options of a function 'module.function' of `peft` and their defaults (REQUIRED: none).
 
   Read from the source: importing it would load jax, which takes longer than refusing a typo may.
   """
@@ -328,11 +355,11 @@ def signature(fn: Any, folder: Path = PACKAGE / 'peft') -> dict[str, Any]:
   file = folder / f'{module}.py'
   if not isinstance(fn, str) or not module.isidentifier() or not file.is_file():
     modules = [f.stem for f in folder.glob('*.py') if f.stem != '__init__']
-    raise unknown('config.method.*.fn', 'module', module, modules)
+    raise unknown(f'{where}.fn', 'module', module, modules)
   body = ast.parse(file.read_text(encoding='utf-8')).body
   functions = {n.name: n for n in body if isinstance(n, ast.FunctionDef) and n.name[0] != '_'}
   if name not in functions:
-    raise unknown('config.method.*.fn', 'function', fn, (f'{module}.{f}' for f in functions))
+    raise unknown(f'{where}.fn', 'function', fn, (f'{module}.{f}' for f in functions))
   constants = {}
   for node in body:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -114,7 +114,13 @@ FIELDS = {
   'model.pooling': Field(
     'auto', choice('auto', 'cls', 'mean'), 'what the head reads; auto: what the checkpoint says'
   ),
-  'model.head': Field('new', choice('new', 'keep'), "keep: the checkpoint's own classifier"),
+  'model.head': Field(
+    'new', choice('new', 'keep'), "keep: the checkpoint's own classifier, or that of init_from"
+  ),
+  'model.init_from': Field((), NAMES, 'runs whose trained deltas this one starts from'),
+  'model.init_weights': Field(
+    None, optional(sequence(real(-math.inf), 'a list of numbers')), 'of several; None: their mean'
+  ),
   'model.max_length': Field(128, integer(3), 'tokens; longer texts are cut and counted'),
   'model.dtype': Field('float32', choice('float32', 'bfloat16'), 'of the computation'),
   'model.remat': Field(False, SWITCH, 'recompute layers in the backward pass to save memory'),
@@ -131,12 +137,13 @@ FIELDS = {
   'optim.b2': Field(None, optional(real(0, 1)), 'of the second moment; None: 0.999, lion 0.99'),
   'optim.eps': Field(1e-8, real(0, ends='()'), 'added to the root of the second moment'),
   'optim.ema': Field(None, optional(real(0, 1, '()')), 'decay of averaged weights, then evaluated'),
-  'optim.groups': Field({}, TABLE, '{group: {lr, weight_decay, schedule}} overrides'),
+  'optim.groups': Field({}, TABLE, '{group: {lr, weight_decay, schedule, transform}}'),
   'train.batch_size': Field(32, integer(1), 'examples a step, over all devices'),
   'train.accumulate': Field(1, integer(1), 'micro-batches that make up a step'),
   'train.epochs': Field(3.0, real(0, ends='()'), 'passes over the training rows'),
   'train.steps': Field(None, optional(integer(1)), 'steps, in place of epochs'),
   'train.label_smoothing': Field(0.0, real(0, 1), 'share of the target spread over all classes'),
+  'train.consistency': Field(0.0, real(0), 'weight of two passes agreeing (R-Drop); 0: one pass'),
   'train.class_weights': Field(
     None,
     optional(either(choice('balanced'), sequence(real(0), 'a list of numbers >= 0'))),

@@ -1,8 +1,11 @@
 """One fine-tuning run: from a config to a run folder that holds a bundle."""
 
 import contextlib
+import io
 import logging
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ from efft import (
   mesh,
   progress,
   trackers,
+  transfer,
   tree,
 )
 from efft import config as configs
@@ -25,7 +29,7 @@ from efft.assemble import Job
 from efft.data import batches
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
-from efft.training import loop, losses, optim, step
+from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
 
@@ -122,17 +126,34 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) ->
     group_by_length=options['group_by_length'],
   )  # fmt: skip
   total = options['steps'] or feed.steps(options['epochs'])
-  optimizer = optim.optimizer(config['optim'], job.parts.groups, total)
   frozen = mesh.place(step.cast_frozen(job.parts.frozen, dtype), devices)
+
+  def make_step(optimizer):
+    return step.make_step(
+      job.net.logits, loss, optimizer,
+      accumulate=pieces, ema=config['optim']['ema'],
+      class_weights=_class_weights(options['class_weights'], job), penalty=job.net.penalty,
+      consistency=losses.divergence(kind, weight) if (weight := options['consistency']) else None,
+    )  # fmt: skip
+
+  def put(batch):
+    return mesh.put_batch(batch, devices, pieces)
+
+  def prepared():
+    return prepare.prepare(
+      config['optim'], job.parts.groups, mesh.place(job.parts.trainable, devices), frozen,
+      logits=job.net.logits, loss=loss, make_step=make_step, batches=feed, put=put,
+      examples=len(job.encoded['train']), steps=total, seed=config['seed'],
+    )  # fmt: skip
+
+  transformed = any('transform' in fields for fields in config['optim']['groups'].values())
+  given = _given(workdir / 'prepared.npz', prepared, first) if transformed else {}
+  optimizer = optim.optimizer(config['optim'], job.parts.groups, total, given)
   state = step.init_state(
     job.parts.trainable, optimizer, seed=config['seed'], ema=config['optim']['ema']
   )
   state = mesh.replicate(state, devices)
-  run = step.make_step(
-    job.net.logits, loss, optimizer,
-    accumulate=pieces, ema=config['optim']['ema'],
-    class_weights=_class_weights(options['class_weights'], job),
-  )  # fmt: skip
+  run = make_step(optimizer)
   logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))
   valid, size = job.encoded['validation'], config['eval']['batch_size']
 
@@ -148,7 +169,7 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) ->
     fit = loop.fit(
       state, frozen,
       step_fn=run, batches=feed, total_steps=total,
-      put=lambda batch: mesh.put_batch(batch, devices, pieces),
+      put=put,
       evaluate=evaluate,
       eval_every=options['eval_steps'] or max(1, feed.steps(options['eval_epochs'])),
       main_metric=names[0], patience=options['patience'] or 0, keep=options['save'],
@@ -156,9 +177,9 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) ->
       sinks=trackers.make(workdir, config['trackers'], config) if first else (),
       log_every=options['log_every'], progress=progress.Progress(console) if first else None,
     )  # fmt: skip
-  weights = assemble.handed_on(fit.state.weights, job.parts.frozen)
+  leaves = transfer.handed_on(job.net.deltas, fit.state.weights, job.parts.frozen, job.base.params)
   if first:
-    _publish(job, weights, fit, workdir)
+    _publish(job, leaves, fit, workdir)
   trained, everything = tree.count(job.parts.trainable), tree.count(job.variables)
   return {
     'task': job.data.name,
@@ -179,6 +200,27 @@ def _fit(job: Job, devices, workdir: Path, console, first: bool, pieces: int) ->
     'config_hash': configs.config_hash(config),
     'notes': job.data.notes,
   }
+
+
+def _given(file: Path, compute, first: bool) -> dict[str, dict[str, np.ndarray]]:
+  """What the optimiser's transforms prepared: from `file` where an earlier sitting left it."""
+  if file.exists():
+    try:
+      with np.load(file) as saved:
+        found = {}
+        for name in saved.files:
+          group, _, key = name.rpartition(':')
+          found.setdefault(group, {})[key] = saved[name]
+      return found
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+      log.warning('%s: %s; prepared again', file, error)
+  found = compute()
+  if found and first:
+    content = io.BytesIO()
+    flat = {f'{group}:{key}': x for group, given in found.items() for key, x in given.items()}
+    np.savez_compressed(content, **flat)
+    files.atomic_write(file, content.getvalue())
+  return found
 
 
 def _announce(job: Job) -> list[str]:
@@ -217,12 +259,12 @@ def _class_weights(setting, job: Job):
   return np.float32(setting)
 
 
-def _publish(job: Job, weights: dict, fit: loop.Fit, workdir: Path) -> None:
+def _publish(job: Job, leaves: dict, fit: loop.Fit, workdir: Path) -> None:
   """Writes the bundle."""
   content = bundle.Bundle(
     encoder=job.base.cfg.to_dict(),
-    leaves=weights,
-    needs_base=any(path.startswith('params/') for path in tree.flatten(job.parts.frozen)),
+    leaves=leaves,
+    needs_base=transfer.needs_base(leaves, job.variables),
     method=job.config['method'],
     rules=tuple(map(tuple, job.config['rules'])),
     labels=job.data.labels,

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from efft import command
@@ -36,6 +37,17 @@ def _predict(run, input, output, text_column):
       print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
+def _combine(runs, output, how, weights, density, majority, rank, head, seed):
+  options = {
+    'weights': _numbers('weights', weights, float),
+    'density': _number('density', density, float),
+    'rank': _number('rank', rank, int),
+    'seed': _number('seed', seed, int),
+  }
+  runs = [run for run in runs.split(',') if run]
+  _show(_run().combine(runs, output, how, majority=majority, head=head, **options))
+
+
 def _inspect(config):
   _show(_run().inspect(config))
 
@@ -56,9 +68,26 @@ def _methods():
   from efft import config
 
   files = {file.stem: file for folder in config.folders()[::-1] for file in folder.glob('*.py')}
-  for name, file in sorted(files.items()):
+  costs = json.loads(Path(__file__).with_name('methods.json').read_text(encoding='utf-8'))
+  rows = []
+  for name, file in files.items():
     doc = ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or ''
-    print(f'{name:<12}{doc.splitlines()[0] if doc else ""}')
+    known = costs.get(name)  # a config of the user's own has not been counted
+    numbers = ('-',) * 4
+    if known:
+      merges = 'yes' if known['merges'] else 'no'
+      extra = f'{100 * known["flops"]:.2f}%'
+      numbers = f'{known["trained"]:,}', f'{known["stored"]:,}', merges, extra
+    title = doc.splitlines()[0] if doc else ''
+    rows.append((known['family'] if known else '-', name, *numbers, title))
+  print(
+    f'On BERT-base, beside a head of {costs["head"]["head"]:,}. FLOPs: what inference costs more '
+    'before merging.'
+  )
+  head = ('family', 'config', 'trained', 'stored', 'merges', 'FLOPs', 'what')
+  for family, name, trained, stored, merges, extra, title in (head, *sorted(rows)):
+    numbers = f'{trained:>12}{stored:>12}{merges:>7}{extra:>9}'
+    print(f'{family:<17}{name:<20}{numbers}  {title}'.rstrip())
 
 
 def _demo(workdir, short):
@@ -68,6 +97,10 @@ def _demo(workdir, short):
   demo.demo(workdir, short=short)
 
 
+HOWS = (
+  'linear', 'ties', 'dare_linear', 'dare_ties', 'magnitude_prune', 'cat', 'svd',
+  'ties_svd', 'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune_svd',
+)  # fmt: skip
 RUN = Flag('run', 'folder of a finished run', None, True)
 OVERRIDES = """\
 Any field of the config can be set: --config.optim.lr=3e-4 --config.method.lora.rank=4
@@ -99,6 +132,21 @@ VERBS = {
       Flag('input', 'csv, tsv, jsonl, parquet or txt; without it, standard input'),
       Flag('output', 'jsonl file to write; without it, standard output'),
       Flag('text_column', "column of --input; without it, the task's own"),
+    ),
+  ),
+  'combine': Verb(
+    _combine,
+    'make one run of several: sums, TIES, DARE, low-rank updates; with their heads',
+    (
+      Flag('runs', 'folders of finished runs on one base model: runs/a,runs/b', None, True),
+      Flag('output', 'run folder to make', None, True),
+      Flag('how', 'what to do with the task vectors', 'linear', False, HOWS),
+      Flag('weights', 'one a run: 0.7,0.3; without it, equal'),
+      Flag('density', 'share of the numbers that pruning keeps; without it, 0.5'),
+      Flag('majority', 'how TIES elects signs: total (without it) or frequency'),
+      Flag('rank', 'of what svd leaves; without it, the largest of the runs'),
+      Flag('head', 'what to do with the heads', 'keep', False, ('keep', 'average', 'union')),
+      Flag('seed', "of DARE's masks", '0'),
     ),
   ),
   'inspect': Verb(
@@ -167,6 +215,18 @@ def _prepare() -> None:
   from absl import logging as absl_logging  # orbax and jax write through it
 
   absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def _number(flag: str, text: str | None, kind: type):
+  try:
+    return None if text is None else kind(text)
+  except ValueError:
+    expected = 'a whole number' if kind is int else 'a number'
+    raise InputError(f'--{flag}', repr(text), expected, 'correct it') from None
+
+
+def _numbers(flag: str, text: str | None, kind: type):
+  return None if text is None else [_number(flag, part, kind) for part in text.split(',')]
 
 
 def _standard_input() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What the command line does, as functions: train, evaluate, predict, inspect, fetch.
+"""What the command line does, as functions: train, evaluate, predict, combine, inspect, fetch.
 
 The same job as the first lines of the README:
 
@@ -18,6 +18,7 @@ import numpy as np
 from efft import assemble, files, tree
 from efft import config as configs
 from efft.classifier import Classifier, chunks
+from efft.combining import combine
 from efft.data import sources
 from efft.data.splits import Split
 from efft.data.tasks import TASKS
@@ -29,7 +30,7 @@ from efft.training import losses
 
 log = logging.getLogger(__name__)
 
-__all__ = ['evaluate', 'fetch', 'inspect', 'predict', 'train']
+__all__ = ['combine', 'evaluate', 'fetch', 'inspect', 'predict', 'train']
 
 
 def evaluate(run, *, split: str = 'validation') -> dict:

@@ -5,8 +5,11 @@ once, at import; subprocesses of the tests inherit it.
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
@@ -20,3 +23,17 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 # Processes started in other folders run this checkout, installed or not.
 ROOT = str(Path(__file__).parents[1])
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """What shares compiled programs or a trained run goes to one process: a file, or a method."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class ByFileOrRow(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file, _, test = nodeid.partition('::')
+      row = re.search(r'\[(\w+)', test)
+      return row[1] if row and file.endswith('test_methods.py') else file
+
+  return ByFileOrRow(config, log)

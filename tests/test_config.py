@@ -242,7 +242,7 @@ def test_own_configs_come_first_and_bundled_ones_are_found(tmp_path, monkeypatch
   assert config.load('configs/lora.py').seed == 7
   assert not (tmp_path / 'configs' / '__pycache__').exists()
   with pytest.raises(InputError, match='did you mean configs/lora.py?'):
-    config.find('configs/lroa.py')
+    config.find('configs/lorra.py')
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,23 @@ def test_predict_by_file_by_pipe_and_by_function_agree(trained, tmp_path):
   np.testing.assert_allclose(sum(records[-1]['scores'].values()), 1, atol=1e-5)
 
 
+def test_a_run_starts_where_another_ended(trained, data, tmp_path, capsys):
+  arg = f'task={data},model={BERT},text=review,label=verdict,init_from={trained}'
+  still = [*SMALL[:-1], '--config.optim.lr=1e-30', '--config.train.steps=1']
+  arguments = [f'--config=configs/lora.py:{arg}', f'--workdir={tmp_path}/next', *still]
+  assert main.main(['train', *arguments, '--config.model.head=keep']) == 0
+  for a, b in zip(
+    run.predict(trained, [*GOOD, *BAD]), run.predict(tmp_path / 'next', [*GOOD, *BAD]), strict=True
+  ):
+    assert a['label'] == b['label']
+    np.testing.assert_allclose(list(a['scores'].values()), list(b['scores'].values()), atol=2e-6)
+  capsys.readouterr()
+  arguments[0] = arguments[0].replace('lora.py', 'ia3.py')
+  line = refuse(capsys, 'train', *arguments[:1], f'--workdir={tmp_path}/other', *still)
+  assert 'has no place here' in line and 'use its method (lora)' in line
+  assert not (tmp_path / 'other').exists()
+
+
 def test_same_command_again_trains_nothing(trained, data):
   before = (trained / 'metrics.jsonl').read_bytes()
   results = run.train(files.read_json(trained / 'config.json'), trained)

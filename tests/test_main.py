@@ -160,7 +160,7 @@ REFUSED = [
   (['trian'], "unknown verb 'trian'", 'did you mean train?'),
   (['train'], '--config: found nothing', 'configs/lora.py'),
   (['train', '--config=configs/lora.py:task=t'], '--workdir: found nothing', '--help'),
-  (['train', '--config=configs/lroa.py'], 'configs/lroa.py', 'did you mean configs/lora.py?'),
+  (['train', '--config=configs/loraa.py'], 'configs/loraa.py', 'did you mean configs/lora.py?'),
   ([*TRAIN, '--wrokdir=x'], 'unknown flag --wrokdir', 'did you mean --workdir?'),
   ([*TRAIN, '--resume=mst'], "'mst', expected one of auto, never, must", 'did you mean must?'),
   ([*TRAIN, '--config.optim.lrr=1'], "unknown field 'optim.lrr'", 'did you mean optim.lr?'),
@@ -230,11 +230,17 @@ def test_version_and_no_arguments(capsys):
   assert main(['help', 'train']) == 0 and '--workdir' in capsys.readouterr().out
 
 
-def test_methods_lists_the_configs(capsys):
+def test_methods_lists_the_configs(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs' / 'mine.py').write_text('"""My own."""\n')
   assert main(['methods']) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert {line.split()[0] for line in lines} >= {'lora', 'ia3', 'bitfit', 'full', 'head'}
-  assert all(len(line) <= 100 for line in lines)
+  found = {line[17:37].strip(): line[37:].split() for line in lines[2:]}
+  assert found.keys() >= {'lora', 'ia3', 'bitfit', 'full', 'head', 'mine'}
+  assert found['lora'][:4] == ['294,912', '294,912', 'yes', '0.36%']
+  assert found['mine'] == ['-', '-', '-', '-', 'My', 'own.']
+  assert all(len(line) <= 170 for line in lines)
 
 
 def test_closed_pipe_is_quiet():

@@ -65,8 +65,8 @@ GRADS = [jax.tree.map(lambda x: RNG.normal(size=x.shape).astype('f4'), START) fo
 GROUPS = {'a/kernel': 'one', 'a/bias': 'one', 'b/kernel': 'two', 'b/scale': 'two'}
 
 
-def run(config, groups=GROUPS):
-  opt = optim.optimizer(config, groups, STEPS)
+def run(config, groups=GROUPS, given=None):
+  opt = optim.optimizer(config, groups, STEPS, given)
   params, state, update = START, opt.init(START), jax.jit(opt.update)
   for grads in GRADS:
     updates, state = update(grads, state, params)
@@ -78,15 +78,21 @@ def adam(m, v, t, c):
   return (m / (1 - c['b1'] ** t)) / (np.sqrt(v / (1 - c['b2'] ** t)) + c['eps'])
 
 
-def by_hand(config):
-  """AdamW or Lion: clipped together, then each group with its own rate, decay and schedule."""
+def by_hand(config, before=None, after=None):
+  """AdamW or Lion: clipped together, then each group with its own rate, decay and schedule.
+
+  Gradients are multiplied with `before`, {path: mask}, before they are clipped, `after` after.
+  """
+  before, after = before or {}, after or {}
   params = {path: x.astype(np.float64) for path, x in tree.flatten(START).items()}
   m, v = ({path: 0.0 for path in params} for _ in range(2))
   for t, grads in enumerate(GRADS):
-    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
-    for path, g in tree.flatten(grads).items():
+    grads = {path: g * before.get(path, 1) for path, g in tree.flatten(grads).items()}
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    for path, g in grads.items():
       c = config | config['groups'].get(GROUPS[path], {})
       g = g * min(1.0, c['clip'] / norm) if c['clip'] else g
+      g = g * after.get(path, 1)
       if c['name'] == 'lion':
         towards = np.sign(c['b1'] * m[path] + (1 - c['b1']) * g)
         m[path] = c['b2'] * m[path] + (1 - c['b2']) * g
@@ -114,6 +120,32 @@ def test_optimizer_is_the_loop_by_hand(changes):
   found, expected = run(CONFIG | changes), by_hand(CONFIG | changes)
   for path in expected:
     np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+MASKS = {path: RNG.random(tree.flatten(START)[path].shape) < 0.5 for path in ('a/kernel', 'a/bias')}
+
+
+@pytest.mark.parametrize(
+  ('spec', 'outside'),
+  [
+    ({'fn': 'masks.random'}, lambda start, moved: start),
+    ({'fn': 'masks.magnitude', 'prune': True}, lambda start, moved: np.zeros_like(start)),
+    ({'fn': 'masks.child_d'}, lambda start, moved: moved),
+  ],
+  ids=['stays', 'pruned', 'decays'],
+)
+def test_masks_choose_what_moves(spec, outside):
+  """Outside of a mask nothing moves, nor counts in clipping; a masked gradient still decays."""
+  config = CONFIG | {'groups': {'one': {'transform': spec}}}
+  found = run(config, given={'one': MASKS})
+  gradient_only = spec['fn'] == 'masks.child_d'
+  moved = by_hand(config, **{'after' if gradient_only else 'before': MASKS})
+  for path, start in tree.flatten(START).items():
+    mask = MASKS.get(path, np.ones(start.shape, bool))
+    np.testing.assert_allclose(found[path][mask], moved[path][mask], rtol=1e-4, atol=1e-5)
+    rest = outside(start, moved[path])
+    exact = 1e-5 if gradient_only else 0
+    np.testing.assert_allclose(found[path][~mask], rest[~mask], rtol=exact, atol=exact)
 
 
 def test_adafactor_step_has_the_size_of_the_learning_rate():
@@ -163,7 +195,7 @@ def three_ways():
       mask=lambda t: jax.tree.map(lambda x: x.ndim > 1, t),
     ),
   )
-  labels = tree.map_paths(lambda path, _: here.groups[path] == 'frozen', here.variables)
+  labels = tree.map_paths(lambda path, _: path not in here.groups, here.variables)
   masked = optax.multi_transform({False: trained, True: optax.set_to_zero()}, labels)
   everything = step_over_everything(here, masked)
   partition = everything.lower(here.variables, masked.init(here.variables), batch).compile()

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efft import config, mesh, tree
+from efft import assemble, config, mesh, tree
 from efft.models.encoder import Encoder, EncoderConfig, init_params
 from efft.models.layers import Hooks
 from efft.peft import base
-from efft.training import losses, optim, step
+from efft.training import losses, optim, prepare, step
 
 CFG = EncoderConfig(
   architecture='bert',
@@ -38,9 +38,19 @@ class World(NamedTuple):
   groups: dict
   trainable: Any
   frozen: Any
+  transforms: dict = {}
 
   def logits(self, variables, batch, rngs=None):
-    return step.forward(self.model)(variables, batch, rngs)
+    def grow(delta, key):
+      return base.expand(self.deltas, delta, key)
+
+    return step.forward(self.model, grow)(variables, batch, rngs)
+
+  @property
+  def penalty(self):
+    if not base.has(self.deltas, 'penalty'):
+      return None
+    return lambda variables: base.penalty(self.deltas, variables['delta'])
 
 
 def params(cfg: EncoderConfig = CFG, seed: int = 0) -> dict:
@@ -73,7 +83,8 @@ def batch(rows: int = 8, length: int = 12, seed: int = 0, cfg: EncoderConfig = C
 def settings(name: str = 'lora', **options) -> dict:
   """The resolved config of configs/<name>.py, with other options of its method."""
   resolved = config.resolve(config.load(f'configs/{name}.py:task=sst2'))
-  for method in resolved['method'].values():
+  if options:
+    (method,) = resolved['method'].values()
     method.update(options)
   return resolved
 
@@ -84,17 +95,47 @@ def world(resolved: dict, cfg: EncoderConfig = CFG, **fields) -> World:
   model = Encoder(cfg, Hooks(tap=base.attach(deltas)), **fields)
   variables = {'params': params(cfg)}
   if deltas:
-    variables['delta'] = base.init(model, deltas, variables['params'], jax.random.key(1))
-  groups = tree.labels(variables, resolved['rules'])
-  trainable, frozen = tree.split(variables, lambda path: groups[path] != 'frozen')
-  return World(model, deltas, variables, groups, trainable, frozen)
+    looked_at = batch(length=16, cfg=cfg)
+    delta = base.init(model, deltas, variables['params'], jax.random.key(1), looked_at)
+    variables = {'params': base.rebase(deltas, variables['params'], delta), 'delta': delta}
+  parts = assemble.partition(variables, resolved['rules'])
+  groups = resolved.get('optim', {}).get('groups', {})
+  transforms = {
+    group: {'transform': fields['transform']}
+    for group, fields in groups.items()
+    if 'transform' in fields
+  }
+  return World(model, deltas, variables, parts.groups, parts.trainable, parts.frozen, transforms)
+
+
+class Feed:
+  """Training batches of the small world."""
+
+  def __init__(self, cfg: EncoderConfig = CFG, rows: int = 8):
+    self.cfg, self.rows = cfg, rows
+
+  def batch(self, index: int) -> dict:
+    return batch(self.rows, seed=index, cfg=self.cfg)
+
+
+def prepared(
+  here: World, fields: dict, steps: int = 100, examples: int = 16, seed: int = 0
+) -> dict:
+  """What the transforms of `fields`, the config's 'optim', find out on that feed."""
+  return prepare.prepare(
+    fields, here.groups, here.trainable, here.frozen,
+    logits=here.logits, loss=losses.single(),
+    make_step=lambda optimizer: step.make_step(here.logits, losses.single(), optimizer),
+    batches=Feed(here.model.cfg), put=lambda rows: rows, examples=examples, steps=steps, seed=seed,
+  )  # fmt: skip
 
 
 def optimizer(here: World, steps: int = 100, **options):
-  """AdamW over what trains, with the config's own defaults but for `options`."""
-  fields = config.resolve(config.default('task=sst2'))['optim'] | options
-  groups = {path: group for path, group in here.groups.items() if group != 'frozen'}
-  return optim.optimizer(fields, groups, steps)
+  """AdamW over what trains, with the world's transforms and the config's own defaults but for
+  `options`."""
+  fields = config.resolve(config.default('task=sst2'))['optim']
+  fields |= {'groups': here.transforms} | options
+  return optim.optimizer(fields, here.groups, steps, prepared(here, fields, steps))
 
 
 def losses_on(devices: mesh.Mesh, steps: int = 4) -> list[float]:

@@ -136,8 +136,10 @@ class Encoder(nn.Module):
     x, mask = Embeddings(cfg, hooks, self.dtype, name='embed')(ids, mask, token_types)
     x, mask = hooks.tap(self, 'embed', (x, mask), ids=ids)
     layer = nn.remat(Layer) if self.remat else Layer
+    features = [x]
     for i, (heads, width) in enumerate(zip(cfg.heads, cfg.mlp, strict=True)):
-      x = layer(cfg, hooks, heads, width, name=f'layer_{i}')(x, mask)
+      features.append(layer(cfg, hooks, heads, width, name=f'layer_{i}')(features[-1], mask))
+    x, mask = hooks.tap(self, 'output', (features[-1], mask), features=features)
     if cfg.pooling == 'mean':
       weight = mask[:, :, None].astype(jnp.float32)
       x = jnp.sum(x.astype(jnp.float32) * weight, 1) / jnp.maximum(weight.sum(1), 1.0)

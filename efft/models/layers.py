@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efft.errors import InputError
 from efft.models import dots
 
 
@@ -29,16 +30,20 @@ class Hooks:
     tap: called as `tap(module, site, y, **context)` at each named value; returns the value that
       the model goes on with. `module.path` and `site` name the place: 'layer_0/mlp/act'.
 
-  | site, a path of the model                                | value               | context |
-  |----------------------------------------------------------|---------------------|---------|
-  | `embed/words`: word embeddings, before positions         | (x, mask, types)    | ids     |
-  | `embed`: after norm and dropout                          | (x, mask)           | ids     |
-  | `.../matmul`: of every linear layer, before the bias     | y float32 [B, T, N] | x, w    |
-  | `layer_i/attention/kv`: k, v [B, T, H, K]                | (k, v, mask)        | x       |
-  | `layer_i/attention/heads`                                | y [B, T, H, K]      | x       |
-  | `layer_i/mlp/act`                                        | y [B, T, F]         | x       |
-  | `layer_i/{attention_out,mlp_out}`: before the residual   | y [B, T, D]         | x, norm |
-  | `layer_i/output`                                         | y [B, T, D]         |         |
+  | site, a path of the model                                | value               | context  |
+  |----------------------------------------------------------|---------------------|----------|
+  | `embed/words`: word embeddings, before positions         | (x, mask, types)    | ids, w   |
+  | `embed`: after norm and dropout                          | (x, mask)           | ids      |
+  | `.../matmul`: of every linear layer, before the bias     | y float32 [B, T, N] | x, w     |
+  | `layer_i/attention/kv`: k, v [B, T, H, K]                | (k, v, mask)        | x        |
+  | `layer_i/attention/heads`                                | y [B, T, H, K]      | x        |
+  | `layer_i/mlp/act`                                        | y [B, T, F]         | x        |
+  | `layer_i/{attention_out,mlp_out}`: before the residual   | y [B, T, D]         | x, norm  |
+  | `layer_i/output`                                         | y [B, T, D]         |          |
+  | `output`: what is pooled, [B, T, D]                      | (x, mask)           | features |
+
+  Sites inside a layer have the mask [B, T] as context too. `features` is the input of the first
+  layer and the output of each, L + 1 arrays [B, T, D].
 
   Linear layers: `layer_i/attention/{query,key,value,out}`, `layer_i/mlp/{up,down}`, `pooler`,
   `head/dense`, `head/out`, `embed/project`, where the architecture has them.
@@ -79,12 +84,13 @@ class Linear(nn.Module):
   init_range: float = 0.02
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, mask=None):
+    """`mask` goes to the tap, where x has an axis of tokens."""
     init = nn.initializers.normal(self.init_range)
     w = self.param('kernel', init, (x.shape[-1], self.features))
     b = self.param('bias', nn.initializers.zeros, (self.features,))
     y = self.hooks.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-    y = self.hooks.tap(self, 'matmul', y, x=x, w=w)
+    y = self.hooks.tap(self, 'matmul', y, x=x, w=w, mask=mask)
     return (y + b.astype(y.dtype)).astype(x.dtype)
 
 
@@ -130,32 +136,32 @@ class Attention(nn.Module):
     cfg, hooks, width = self.cfg, self.hooks, self.heads * self.cfg.head_dim
 
     def project(name):
-      y = Linear(width, hooks, cfg.initializer_range, name=name)(x)
+      y = Linear(width, hooks, cfg.initializer_range, name=name)(x, mask)
       return y.reshape(*x.shape[:2], self.heads, cfg.head_dim)
 
     q, k, v = project('query'), project('key'), project('value')
-    k, v, mask = hooks.tap(self, 'kv', (k, v, mask), x=x)
-    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    k, v, seen = hooks.tap(self, 'kv', (k, v, mask), x=x, mask=mask)
+    bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
     seed = dropout_seed(self, cfg.attention_dropout)
     y = dots.attend(q, k.astype(q.dtype), v.astype(q.dtype), bias, seed, cfg.attention_dropout)
-    y = hooks.tap(self, 'heads', y, x=x)
+    y = hooks.tap(self, 'heads', y, x=x, mask=mask)
     y = y.reshape(*x.shape[:2], width).astype(x.dtype)
-    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='out')(y)
+    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='out')(y, mask)
 
 
 class Mlp(nn.Module):
-  """Position-wise feed-forward. x [B, T, D] -> [B, T, D]."""
+  """Position-wise feed-forward. x [B, T, D], mask bool [B, T] -> [B, T, D]."""
 
   cfg: Any
   hooks: Hooks
   width: int
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, mask):
     cfg, hooks = self.cfg, self.hooks
-    h = Linear(self.width, hooks, cfg.initializer_range, name='up')(x)
-    h = hooks.tap(self, 'act', ACTIVATIONS[cfg.activation](h), x=x)
-    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='down')(h.astype(x.dtype))
+    h = Linear(self.width, hooks, cfg.initializer_range, name='up')(x, mask)
+    h = hooks.tap(self, 'act', ACTIVATIONS[cfg.activation](h), x=x, mask=mask).astype(x.dtype)
+    return Linear(cfg.hidden, hooks, cfg.initializer_range, name='down')(h, mask)
 
 
 class Layer(nn.Module):
@@ -174,13 +180,13 @@ class Layer(nn.Module):
 
     def residual(name, rate, block, x):
       norm = LayerNorm(cfg.eps, name=f'{name}_norm')
-      y = dropout(self, block(x), rate)
-      y = hooks.tap(self, f'{name}_out', y, x=x, norm=norm)
+      y = dropout(self, block(x, mask), rate)
+      y = hooks.tap(self, f'{name}_out', y, x=x, norm=norm, mask=mask)
       return norm(x + y.astype(x.dtype))
 
-    x = residual('attention', cfg.attention_out_dropout, lambda x: attention(x, mask), x)
+    x = residual('attention', cfg.attention_out_dropout, attention, x)
     x = residual('mlp', cfg.dropout, mlp, x)
-    return hooks.tap(self, 'output', x)
+    return hooks.tap(self, 'output', x, mask=mask)
 
 
 class Embeddings(nn.Module):
@@ -197,8 +203,17 @@ class Embeddings(nn.Module):
     def table(rows, name):
       return Table(rows, cfg.embed_dim, cfg.initializer_range, name=name)
 
-    x = table(cfg.vocab_size, 'word')(ids)
-    x, mask, token_types = hooks.tap(self, 'words', (x, mask, token_types), ids=ids)
+    words = table(cfg.vocab_size, 'word')
+    value = words(ids), mask, token_types
+    w = words.variables['params']['embedding']
+    x, mask, token_types = hooks.tap(self, 'words', value, ids=ids, w=w)
+    if x.shape[1] > cfg.max_length:
+      raise InputError(
+        'config.model.max_length',
+        f'{ids.shape[1]} tokens and {x.shape[1] - ids.shape[1]} that a method puts before them',
+        f'at most {cfg.max_length} together, the positions of this encoder',
+        'lower it, or the length of the prompt',
+      )
     if cfg.positions_from_pad:
       # RoBERTa counts real tokens only, from pad_id + 1; padding sits at pad_id.
       positions = cfg.pad_id + jnp.cumsum(mask, -1, dtype=jnp.int32) * mask

@@ -3,13 +3,13 @@
 `attach` turns named deltas into the one tap of `efft.models.layers.Hooks`. Their parameters live
 in linen's 'delta' collection, below the path of the module that they act on and named after the
 site and the delta: 'delta/layer_0/attention/query/matmul_lora/a'. Where that entry is missing a
-delta does nothing, so dropped layers and partial checkpoints need no flag.
+delta does nothing, so dropped layers and partial checkpoints need no flag. What all sites of a
+delta share lives once, at 'delta/shared_lora/...'.
 """
 
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +18,23 @@ import jax.numpy as jnp
 from efft.errors import InputError
 from efft.models import dots
 from efft.models.layers import dropout
+from efft.peft.build import call
 
 
 class Site(NamedTuple):
-  """A value of the model at a named place, and what surrounds it there.
+  """A value of the model at a named place, and what surrounds it there; see `Hooks` for which.
 
   Attributes:
     path: 'layer_0/attention/query/matmul'.
     y: the value itself.
     x: input of the block or linear that made y.
-    w: the pretrained kernel, at 'matmul' sites.
+    w: the pretrained kernel [K, N] at 'matmul' sites, the word table [V, D] at 'embed/words'.
     norm: the LayerNorm that follows, as a function, at '*_out' sites.
     ids: the token ids, at 'embed' sites.
+    mask: bool [B, T], the real tokens, inside layers.
+    features: the layers' inputs and last output, at 'output'.
     dropout: (x, rate) -> x; identity when evaluating.
+    contract: (x, w) -> float32 x w, the way the model multiplies with pretrained kernels.
   """
 
   path: str
@@ -39,7 +43,10 @@ class Site(NamedTuple):
   w: Any = None
   norm: Callable | None = None
   ids: Any = None
+  mask: Any = None
+  features: Any = None
   dropout: Callable = lambda x, rate: x
+  contract: Callable = None
 
 
 class Delta(NamedTuple):
@@ -47,20 +54,38 @@ class Delta(NamedTuple):
 
   Attributes:
     init: (key, site) -> parameters, a flat dictionary; sees the pretrained weight.
-    apply: (parameters, site) -> the new value of the site.
+    apply: (parameters, site) -> the new value of the site. Several deltas at one site act one
+      after the other: each starts from site.y as the one before has left it.
     at: regex that must match the whole of a site's path; one that matches no site is an error.
     merge: (parameters, module) -> module, where the maths allows. `module` holds the pretrained
       parameters below the module that owns the site: {'kernel', 'bias'} at a 'matmul' site, the
       four linears at 'attention/kv', up and down at 'mlp/act'.
-    expand: tree -> tree over the whole 'delta' collection, once before `apply` and once at
-      export, for methods that train something other than what they apply.
+    shared: (key, sites) -> parameters that all sites have in common, a flat dictionary. `sites`
+      is {path: Site} with shapes in place of arrays.
+    expand: (parameters, path, key) -> parameters, for methods that train something other than
+      what they apply. Gets a site's own parameters and the shared ones; what it returns is what
+      apply and merge see, and what is exported. `key` is None when evaluating; while training it
+      is the step's, the same at every site (`at_path` makes it the site's own).
+    penalty: (parameters, path) -> scalar added to the loss; parameters as given to expand.
+    rebase: (parameters, module) -> module: the pretrained weights that the delta is beside, where
+      it takes a part of them over (PiSSA). Applied once, before training and after loading, so it
+      may depend on frozen parameters of the delta only.
+    pack: (parameters) -> parameters that act the same when evaluating and take less room: bool
+      arrays, stored as bits and read as 0. and 1., in place of scores; zeros, which are not stored.
+    examples: how many training examples `init` wants to find in site.x and site.y; 0: none, what
+      is there is made up.
   """
 
   init: Callable
   apply: Callable
   at: str
   merge: Callable | None = None
+  shared: Callable | None = None
   expand: Callable | None = None
+  penalty: Callable | None = None
+  rebase: Callable | None = None
+  pack: Callable | None = None
+  examples: int = 0
 
 
 Deltas = Mapping[str, Delta | tuple[Delta, ...]]
@@ -69,6 +94,11 @@ Deltas = Mapping[str, Delta | tuple[Delta, ...]]
 def product(x, w):
   """x [..., K] times w [K, N] in x's type, accumulated to float32: what deltas multiply with."""
   return dots.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def at_path(key, path: str):
+  """The key of one site, from the key of a step."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def attach(deltas: Deltas) -> Callable:
@@ -81,17 +111,23 @@ def attach(deltas: Deltas) -> Callable:
       if not re.fullmatch(delta.at, path):
         continue
       leaf = f'{site}_{name}'
-      here = Site(path, y, **context, dropout=lambda x, rate: dropout(module, x, rate))
-      if module.is_mutable_collection('delta') and not module.has_variable('delta', leaf):
-        module.put_variable('delta', leaf, _init(name, delta, module.make_rng('delta'), here))
-      if module.has_variable('delta', leaf):
+      here = Site(
+        path, y, **context,
+        dropout=lambda x, rate: dropout(module, x, rate),
+        contract=lambda x, w: module.hooks.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))),
+      )  # fmt: skip
+      if module.is_mutable_collection('delta'):
+        # Inits see the pretrained model: what they share and expand to does not exist yet.
+        value = _made(name, delta.init, module.make_rng('delta'), here)
+        module.put_variable('delta', leaf, value)
+      elif module.has_variable('delta', leaf):
         y = delta.apply(module.get_variable('delta', leaf), here)
     return y
 
   return tap
 
 
-def init(model, deltas: Deltas, params: Mapping, key) -> dict:
+def init(model, deltas: Deltas, params: Mapping, key, batch: Mapping | None = None) -> dict:
   """Initial parameters of every delta of `model`, whose tap is `attach(deltas)`.
 
   Args:
@@ -99,35 +135,65 @@ def init(model, deltas: Deltas, params: Mapping, key) -> dict:
     deltas: the same as given to `attach`.
     params: the pretrained parameters, which inits may look at.
     key: jax PRNG key; the same key gives the same parameters.
+    batch: examples to run through the model meanwhile, where a delta wants them.
 
   Raises:
     InputError: a delta that acts nowhere.
   """
-  ids = jnp.zeros((1, 8), jnp.int32)
-
-  @jax.jit
-  def run(params, key):
-    return model.apply({'params': params}, ids, ids == 0, mutable=['delta'], rngs={'delta': key})[1]
-
-  tree = run(params, key).get('delta', {})
-  paths = sites(model, params)
-  for name, delta in _parts(deltas):
-    if not any(re.fullmatch(delta.at, path) for path in paths):
+  found = sites(model, params)
+  parts = _parts(deltas)
+  for name, delta in parts:
+    if not any(re.fullmatch(delta.at, path) for path in found):
       raise InputError(
         f'config.method.{name}',
         f'at={delta.at!r}, which matches no site of this encoder',
         'a regex that matches a whole site path',
-        f'choose among {", ".join(_shortened(paths))}',
+        f'choose among {", ".join(_shortened(found))}',
       )
-  return tree
+  if batch is None:
+    ids = jnp.zeros((1, 8), jnp.int32)
+    batch = {'input_ids': ids, 'mask': ids == 0, 'token_types': ids}
+
+  @jax.jit
+  def run(params, key, batch):
+    args = batch['input_ids'], batch['mask'], batch['token_types']
+    out = model.apply({'params': params}, *args, mutable=['delta'], rngs={'delta': key})
+    tree = dict(out[1].get('delta', {}))
+    for number, (name, delta) in enumerate(parts):
+      if delta.shared is not None:
+        own = {path: site for path, site in found.items() if re.fullmatch(delta.at, path)}
+        common = _made(name, delta.shared, jax.random.fold_in(key, number), own)
+        tree[f'shared_{name}'] = {**tree.get(f'shared_{name}', {}), **common}
+    return tree
+
+  return run(params, key, {name: batch[name] for name in ('input_ids', 'mask', 'token_types')})
 
 
-def sites(model, params) -> list[str]:
-  """Paths of all sites of the model, in the order in which they are reached."""
-  found = []
+def has(deltas: Deltas, field: str) -> bool:
+  """Whether any of the deltas has the optional function `field`."""
+  return any(getattr(delta, field) is not None for _, delta in _parts(deltas))
 
-  def record(module, site, y, **context):
-    found.append('/'.join((*module.path, site)))
+
+def fixed(deltas: Deltas) -> list[str]:
+  """Names of the deltas that cannot be folded into the weights."""
+  return sorted({name for name, delta in _parts(deltas) if delta.merge is None})
+
+
+def examples(deltas: Deltas) -> int:
+  """How many training examples `init` wants to see; 0 for most."""
+  return max((delta.examples for _, delta in _parts(deltas)), default=0)
+
+
+def sites(model, params) -> dict[str, Site]:
+  """All sites of the model in the order in which they are reached, with shapes for arrays."""
+  found = {}
+
+  def shape(x):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+
+  def record(module, site, y, norm=None, **context):
+    path = '/'.join((*module.path, site))
+    found[path] = Site(path, shape(y), **{name: shape(x) for name, x in context.items()})
     return y
 
   plain = model.clone(hooks=type(model.hooks)(model.hooks.dot_general, record), remat=False)
@@ -136,12 +202,52 @@ def sites(model, params) -> list[str]:
   return found
 
 
-def expand(deltas: Deltas, tree: Mapping) -> Mapping:
-  """What the deltas apply, from what they train; the identity for most."""
-  for _, delta in _parts(deltas):
-    if delta.expand is not None:
-      tree = delta.expand(tree)
-  return tree
+def expand(deltas: Deltas, tree: Mapping, key=None) -> Mapping:
+  """What the deltas apply, from what they train; the identity for most.
+
+  Args:
+    deltas: as given to `attach`.
+    tree: the 'delta' collection.
+    key: of this step while training, None otherwise.
+  """
+  if not (has(deltas, 'shared') or has(deltas, 'expand')):
+    return tree
+  keys = {name: None if key is None else at_path(key, name) for name in deltas}
+
+  def grow(name, delta, p, path):
+    return p if delta.expand is None else delta.expand(p, path, keys[name])
+
+  grown = _map_entries(deltas, tree, grow)
+  return {name: x for name, x in grown.items() if not name.startswith('shared_')}
+
+
+def penalty(deltas: Deltas, tree: Mapping):
+  """What the deltas add to the loss: a float32 scalar, 0 for most."""
+  costs = [jnp.zeros(())]
+
+  def add(name, delta, p, path):
+    if delta.penalty is not None:
+      costs.append(delta.penalty(p, path))
+    return p
+
+  _map_entries(deltas, tree, add)
+  return sum(costs)
+
+
+def rebase(deltas: Deltas, params: Mapping, tree: Mapping) -> dict:
+  """The pretrained parameters that the deltas are beside; `params` itself for most."""
+  if not has(deltas, 'rebase'):
+    return params
+  return _fold(deltas, params, _map_entries(deltas, tree, lambda n, d, p, path: p), 'rebase')
+
+
+def pack(deltas: Deltas, tree: Mapping) -> dict:
+  """The 'delta' collection as a bundle stores it; see `Delta.pack`."""
+
+  def visit(name, delta, p, path):
+    return p if delta.pack is None else delta.pack(p)
+
+  return _map_entries(deltas, tree, visit, shared=False)
 
 
 def merge(deltas: Deltas, params: Mapping, tree: Mapping) -> dict:
@@ -158,15 +264,77 @@ def merge(deltas: Deltas, params: Mapping, tree: Mapping) -> dict:
   Raises:
     InputError: a delta that cannot be folded in.
   """
-  parts = _parts(deltas)
-  fixed = [name for name, delta in parts if delta.merge is None]
-  if fixed:
+  unmerged = fixed(deltas)
+  if unmerged:
     raise InputError(
       'merge',
-      f'{", ".join(sorted(set(fixed)))}, which cannot be folded into the weights',
+      f'{", ".join(unmerged)}, which cannot be folded into the weights',
       'methods that are linear in the weights (LoRA, (IA)3)',
       'keep the delta beside the base model',
     )
+
+  return _fold(deltas, params, expand(deltas, tree), 'merge')
+
+
+def build(method: Mapping, package: str = 'efft.peft') -> dict[str, Delta | tuple[Delta, ...]]:
+  """Deltas from a config: {'lora': {'fn': 'lora.lora', 'rank': 8}} -> {'lora': lora(rank=8)}.
+
+  Raises:
+    InputError: an unknown function or option, or a value that the function refuses.
+  """
+  deltas = {}
+  for name, spec in method.items():
+    where = f'config.method.{name}'
+    deltas[name] = call(where, spec, 'Delta', package)
+    for _, part in _parts({name: deltas[name]}):
+      try:
+        re.compile(part.at)
+      except re.error as error:
+        raise InputError(where, f'{part.at!r}: {error}', 'a regex', 'correct it') from None
+  return deltas
+
+
+def _made(name: str, make: Callable, key, place):
+  """`make(key, place)`, a site or several, with its ValueError as the user's."""
+  try:
+    return make(key, place)
+  except ValueError as error:
+    at = f' (at {place.path})' if isinstance(place, Site) else ''
+    raise InputError(
+      f'config.method.{name}', f'{error}{at}', 'an option that fits this encoder',
+      'change at= or the size',
+    ) from None  # fmt: skip
+
+
+def _map_entries(deltas: Deltas, tree: Mapping, fn: Callable, shared: bool = True) -> dict:
+  """`fn(name, delta, entry, path)` over the entries of all sites, with what they share."""
+  parts = _parts(deltas)
+
+  def visit(node, path):
+    out = {}
+    for leaf, value in node.items():
+      found = [
+        (name, delta, '/'.join((*path, leaf.removesuffix(f'_{name}'))))
+        for name, delta in parts
+        if leaf.endswith(f'_{name}')
+      ]
+      found = [part for part in found if re.fullmatch(part[1].at, part[2])]
+      if found:
+        name, delta, site = found[0]
+        common = tree.get(f'shared_{name}', {}) if shared else {}
+        out[leaf] = fn(name, delta, {**common, **value}, site)
+      elif isinstance(value, Mapping) and not leaf.startswith('shared_'):
+        out[leaf] = visit(value, (*path, leaf))
+      else:
+        out[leaf] = value
+    return out
+
+  return visit(tree, ())
+
+
+def _fold(deltas: Deltas, params: Mapping, tree: Mapping, field: str) -> dict:
+  """Each delta's function `field` over the modules that own its sites."""
+  parts = [(name, delta) for name, delta in _parts(deltas) if getattr(delta, field) is not None]
 
   def visit(params, tree, path):
     # Modules inside come first, as they do in the forward pass.
@@ -178,54 +346,10 @@ def merge(deltas: Deltas, params: Mapping, tree: Mapping) -> dict:
       for leaf, p in tree.items():
         site = leaf.removesuffix(f'_{name}')
         if site != leaf and re.fullmatch(delta.at, '/'.join((*path, site))):
-          out = delta.merge(p, out)
+          out = getattr(delta, field)(p, out)
     return out
 
-  return visit(params, expand(deltas, tree), ())
-
-
-def build(method: Mapping, package: str = 'efft.peft') -> dict[str, Delta | tuple[Delta, ...]]:
-  """Deltas from a config: {'lora': {'fn': 'lora.lora', 'rank': 8}} -> {'lora': lora(rank=8)}.
-
-  Functions are found by module and name below `package`: adding a file is the registration.
-
-  Raises:
-    InputError: an unknown function or option, or a value that the function refuses.
-  """
-  deltas = {}
-  for name, spec in method.items():
-    options = dict(spec)
-    where = f'config.method.{name}'
-    module, _, function = str(options.pop('fn', '')).rpartition('.')
-    try:
-      fn = getattr(importlib.import_module(f'{package}.{module}'), function)
-    except (ImportError, AttributeError, ValueError):
-      raise InputError(
-        f'{where}.fn', repr(spec.get('fn')), "a method such as 'lora.lora'", 'see `efft methods`'
-      ) from None
-    known = inspect.signature(fn).parameters
-    unknown = [key for key in options if key not in known]
-    if unknown:
-      raise InputError(
-        where, f'option {unknown[0]!r}', f'one of {", ".join(known)}', 'remove or rename it'
-      )
-    try:
-      deltas[name] = fn(**options)
-      for _, part in _parts({name: deltas[name]}):
-        re.compile(part.at)
-    except (TypeError, ValueError, re.error) as error:
-      raise InputError(where, str(error), f'valid options of {spec["fn"]}', 'correct it') from None
-  return deltas
-
-
-def _init(name: str, delta: Delta, key, site: Site):
-  try:
-    return delta.init(key, site)
-  except ValueError as error:
-    raise InputError(
-      f'config.method.{name}', f'{error} (at {site.path})', 'an option that fits this encoder',
-      'change at= or the size',
-    ) from None  # fmt: skip
+  return visit(params, tree, ())
 
 
 def _parts(deltas: Deltas) -> list[tuple[str, Delta]]:
@@ -236,6 +360,6 @@ def _parts(deltas: Deltas) -> list[tuple[str, Delta]]:
   ]
 
 
-def _shortened(paths: list[str]) -> list[str]:
+def _shortened(paths: Iterable[str]) -> list[str]:
   """Site paths with the layer number replaced, each kind once."""
   return list(dict.fromkeys(re.sub(r'layer_\d+', r'layer_\\d+', path) for path in paths))

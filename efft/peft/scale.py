@@ -4,8 +4,10 @@ import jax.numpy as jnp
 
 from efft.peft.base import Delta
 
+FAMILY = 'scaling'  # in `efft methods`
 
-def ia3(layers: str = r'layer_\d+') -> tuple[Delta, Delta]:
+
+def ia3(layers: str = r'layer_\d+', attention_out: bool = False) -> tuple[Delta, ...]:
   """(IA)3 (Liu et al. 2022, https://arxiv.org/abs/2205.05638): learnt scales of activations.
 
   Keys become l_k * k, values l_v * v, and the FFN's activations l_ff * act(x W_up), *after* the
@@ -15,6 +17,9 @@ def ia3(layers: str = r'layer_\d+') -> tuple[Delta, Delta]:
 
   Args:
     layers: regex of the layers to act in.
+    attention_out: whether the heads' outputs are scaled too, before attention's own output layer:
+      d more numbers a layer. Not in the paper, but what HF PEFT does to BERT by default, whose
+      pattern 'output.dense' matches both blocks.
   """
 
   def init_kv(key, site):
@@ -41,9 +46,22 @@ def ia3(layers: str = r'layer_\d+') -> tuple[Delta, Delta]:
     down = {**module['down'], 'kernel': p['ff'][:, None] * module['down']['kernel']}
     return {**module, 'down': down}
 
+  def init_heads(key, site):
+    heads, width = site.y.shape[2:]
+    return {'out': jnp.ones(heads * width, jnp.float32)}
+
+  def apply_heads(p, site):
+    return _scale_heads(site.y, p['out'])
+
+  def merge_heads(p, module):
+    out = {**module['out'], 'kernel': p['out'][:, None] * module['out']['kernel']}
+    return {**module, 'out': out}
+
+  heads = Delta(init_heads, apply_heads, f'({layers})/attention/heads', merge_heads)
   return (
     Delta(init_kv, apply_kv, f'({layers})/attention/kv', merge_kv),
     Delta(init_ff, apply_ff, f'({layers})/mlp/act', merge_ff),
+    *((heads,) if attention_out else ()),
   )
 
 

@@ -45,6 +45,28 @@ def build(kind: str, label_smoothing: float = 0.0) -> Callable:
   return {'single': single, 'multi': multi}[kind](label_smoothing)
 
 
+def divergence(kind: str, weight: float = 1.0) -> Callable:
+  """How far two passes over one batch disagree: (logits, logits) -> float32 [B], times `weight`.
+
+  Half the sum of both Kullback-Leibler divergences, as in R-Drop (Liang et al. 2021,
+  https://arxiv.org/abs/2106.14448, equation 2): over the classes, or the mean over the classes'
+  yes and no. The squared difference for regression.
+  """
+
+  def single(a, b):
+    p, q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+    return weight * jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), -1) / 2
+
+  def multi(a, b):
+    # The log odds of p are its logits, so both divergences sum to this.
+    return weight * jnp.mean((jax.nn.sigmoid(a) - jax.nn.sigmoid(b)) * (a - b), -1) / 2
+
+  def regression(a, b):
+    return weight * jnp.square(a[:, 0] - b[:, 0])
+
+  return {'single': single, 'multi': multi, 'regression': regression}[kind]
+
+
 def example_weights(weights, labels, class_weights=None):
   """How much each example counts: its own weight times that of its class.
 

@@ -58,12 +58,19 @@ def cast_frozen(frozen: Mapping, dtype) -> dict:
   return tree.map_paths(cast, frozen)
 
 
-def forward(model, expand: Callable = lambda delta: delta) -> Callable:
-  """(variables, batch, rngs) -> logits float32 [B, C]."""
+def forward(model, expand: Callable = lambda delta, key: delta) -> Callable:
+  """(variables, batch, rngs) -> logits float32 [B, C].
+
+  Args:
+    model: an Encoder.
+    expand: (delta, key) -> the delta that acts; the key is of the step, None when evaluating.
+  """
 
   def logits(variables, batch, rngs=None):
     if 'delta' in variables:
-      variables = {**variables, 'delta': expand(variables['delta'])}
+      # Modules fold their path into this key, so a constant gives a stream of its own.
+      key = jax.random.fold_in(rngs['dropout'], 0) if rngs else None
+      variables = {**variables, 'delta': expand(variables['delta'], key)}
     args = batch['input_ids'], batch['mask'], batch['token_types']
     return model.apply(variables, *args, rngs=rngs)
 
@@ -78,6 +85,8 @@ def make_step(
   accumulate: int = 1,
   ema: float | None = None,
   class_weights=None,
+  penalty: Callable | None = None,
+  consistency: Callable | None = None,
 ) -> Callable:
   """A jitted (state, frozen, batch) -> (state, {'loss', 'grad_norm'}); the state is donated.
 
@@ -91,6 +100,9 @@ def make_step(
     ema: decay of the average of the weights, or None.
     class_weights: float32 [C] or None; the loss is the weighted mean (torch's too, but for
       label smoothing, where torch weighs each class's share by that class).
+    penalty: (variables) -> scalar added to the loss.
+    consistency: (logits, logits) -> [B], added to the loss as the cost of two passes over the batch
+      differing, where all that differs is what is drawn; None for one pass.
   """
 
   def step(state: State, frozen, batch):
@@ -99,8 +111,15 @@ def make_step(
     batch = {**batch, 'weights': weights / jnp.maximum(weights.sum(), 1e-12)}
 
     def objective(trainable, micro, key):
-      scores = logits(tree.join(trainable, frozen), micro, {'dropout': key})
-      return jnp.sum(loss(scores, micro['labels']) * micro['weights'])
+      variables = tree.join(trainable, frozen)
+      scores = logits(variables, micro, {'dropout': key})
+      value = loss(scores, micro['labels'])
+      if consistency is not None:
+        other = logits(variables, micro, {'dropout': jax.random.fold_in(key, 1)})
+        value = (value + loss(other, micro['labels'])) / 2
+        value += consistency(scores, other)
+      value = jnp.sum(value * micro['weights'])
+      return value if penalty is None else value + penalty(variables) / accumulate
 
     gradient = jax.value_and_grad(objective)
     if accumulate == 1:

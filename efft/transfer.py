@@ -1,0 +1,195 @@
+"""What a run hands on: to a bundle, to the classifier that reads it, and to the next run."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efft import bundle, compact, tree
+from efft.errors import InputError
+from efft.models import hub
+from efft.peft import base as peft
+
+log = logging.getLogger(__name__)
+
+
+def handed_on(deltas: peft.Deltas, weights: Mapping, frozen: Mapping, params: Mapping) -> dict:
+  """{path: array or Sparse} of what a bundle must hold: all that trained, all deltas, the head.
+
+  Args:
+    deltas: the named deltas.
+    weights, frozen: the variables after training, cut in two.
+    params: the checkpoint's.
+  """
+  kept, _ = tree.split(frozen, lambda path: path.startswith(('delta/', 'params/head/')))
+  values = jax.device_get(tree.join(weights, kept))
+  delta = values.get('delta', {})
+  if delta:
+    values['delta'] = jax.device_get(peft.pack(deltas, delta))
+  flat = tree.flatten(values)
+  beside = tree.flatten({'params': peft.rebase(deltas, params, delta)})
+  beside = {path: x for path, x in beside.items() if not path.startswith('params/head/')}
+  found = compact.compact(flat, beside)
+  if needs_base(flat, {'params': params}):
+    return found
+  # A whole model that needs no other is worth up to twice the room.
+  small, large = (sum(map(compact.nbytes, leaves.values())) for leaves in (found, flat))
+  return found if 2 * small <= large else flat
+
+
+def needs_base(leaves: Mapping, variables: Mapping) -> bool:
+  """Whether leaves handed on lack some of the pretrained numbers."""
+  paths = tree.flatten({'params': variables['params']})
+  return any(isinstance(leaves.get(path), compact.Sparse | None) for path in paths)
+
+
+def restored(deltas: peft.Deltas, leaves: Mapping, params: Mapping) -> dict:
+  """The variables of a bundle's leaves beside the checkpoint's `params`: undoes `handed_on`."""
+  own = {path: x for path, x in leaves.items() if path.startswith('delta/')}
+  delta = tree.unflatten(compact.whole(own, {})).get('delta', {})
+  flat = tree.flatten({'params': peft.rebase(deltas, params, delta)})
+  return tree.unflatten({**flat, **compact.whole(leaves, flat)})
+
+
+def pretrained(content: bundle.Bundle) -> dict:
+  """The parameters that a bundle is beside, from where they were or from where their name leads.
+
+  Raises:
+    InputError: they are not there, or not those that the bundle was trained on.
+  """
+  place = content.base['path'] if Path(content.base['path']).is_dir() else content.base['name']
+  labels = content.encoder['num_labels']
+  base = hub.load(
+    place, num_labels=labels, pooling=content.pooling, head='new', key=jax.random.key(0)
+  )
+  # What stands alone needs no base to predict; its differences to one do.
+  bundle.check_base(dataclasses.replace(content, needs_base=True), base.sha256)
+  return base.params
+
+
+def inherit(
+  values: Mapping,
+  runs: Sequence[str],
+  *,
+  method: Mapping,
+  params: Mapping,
+  sha256: str,
+  trains: Mapping[str, str],
+  weights: Sequence[float] | None = None,
+  head: tuple[str, ...] | None = None,
+  pooling: str = '',
+) -> dict:
+  """Variables that start where other runs ended (SPoT, Vu et al. 2022,
+  https://arxiv.org/abs/2110.07904, for prompts; Hu et al. 2021 start LoRA from MNLI).
+
+  A leaf takes the place of the one of the same name at the same site, whatever the delta is called.
+  Of several runs it is the weighted mean (AdapterSoup, Chronopoulou et al. 2023,
+  https://arxiv.org/abs/2302.07027), or the stack where the method mixes them itself along a first
+  axis of that size (fusion, attempt). Leaves that no run has keep their own start.
+
+  Args:
+    values: {'params', 'delta'} at the start of this run.
+    runs: run folders or bundles.
+    method: config.method of this run.
+    params: the checkpoint's.
+    sha256: the checkpoint's.
+    trains: {path: group} of what this run trains.
+    weights: one a run; None: all equal, with sum 1.
+    head: this run's labels, to keep the first run's head; None: a new head.
+    pooling: of this run, which a head that is kept must share.
+
+  Raises:
+    InputError: another base, something trained that has no place here, a shape that does not fit.
+  """
+  where = 'config.model.init_from'
+  if weights is None:
+    weights = [1 / len(runs)] * len(runs)
+  if len(weights) != len(runs):
+    found, expected = f'{len(weights)} numbers', f'{len(runs)}, one a run'
+    raise InputError('config.model.init_weights', found, expected, 'correct it')
+  flat = tree.flatten(values)
+  own = {_place(path, method): path for path in flat if path.startswith('delta/')}
+  given: dict[str, list[np.ndarray]] = {}
+  for number, run in enumerate(runs):
+    content = bundle.load(run)
+    bundle.check_base(content, sha256)
+    leaves = _whole(content, params)
+    taken = {}
+    for path, x in leaves.items():
+      if path.startswith('params/head/'):
+        continue
+      target = path if path in flat else own.get(_place(path, content.method))
+      still = target is not None and target.startswith('params/') and target not in trains
+      if target is None or target in taken or still:
+        raise InputError(
+          where, f'{path} of {run}, which {"does not train" if still else "has no place"} here',
+          'a config that trains what that run trained',
+          f'use its method ({", ".join(content.method) or "rules only"}) and rules',
+        )  # fmt: skip
+      taken[target] = x
+    for target, x in taken.items():
+      given.setdefault(target, []).append(x)
+    if number == 0 and head is not None:
+      if content.pooling != pooling:
+        fix = f'pass --config.model.pooling={content.pooling}'
+        raise InputError(where, f'a head over {content.pooling} pooling in {run}', pooling, fix)
+      flat |= _head(content, leaves, head, run)
+  for path, arrays in given.items():
+    flat[path] = _joined(path, arrays, flat[path], weights, len(runs))
+  log.info('start: %d leaves of %s', len(given), ', '.join(map(str, runs)))
+  return tree.unflatten(flat)
+
+
+def _whole(content: bundle.Bundle, params: Mapping) -> dict[str, np.ndarray]:
+  """All leaves that the run handed on, as plain arrays."""
+  if any(isinstance(x, compact.Sparse) for x in content.leaves.values()):
+    flat = tree.flatten(restored(peft.build(content.method), content.leaves, params))
+    return {path: np.asarray(flat[path]) for path in content.leaves}
+  return compact.whole(content.leaves, {})
+
+
+def _place(path: str, method: Mapping) -> str:
+  """'delta/layer_0/mlp_out_pfeiffer/down' -> 'delta/layer_0/mlp_out/down'."""
+  names = '|'.join(sorted(map(re.escape, method), key=len, reverse=True))
+  return re.sub(f'_({names})(?=/[^/]*$)', '', path) if names else path
+
+
+def _joined(path, arrays, start, weights, runs: int):
+  shape, shapes = tuple(start.shape), {x.shape for x in arrays}
+  if shapes == {shape} and len(arrays) == runs:
+    alike = all(np.array_equal(x, arrays[0]) for x in arrays)
+    if alike and (sum(weights) == 1 or arrays[0].dtype != np.float32):
+      return jnp.asarray(arrays[0])  # to the bit; what is frozen and random, too
+    if arrays[0].dtype != np.float32:
+      raise InputError(
+        'config.model.init_from', f'{path} that differ between the runs', 'the same integers',
+        'use runs of one seed',
+      )  # fmt: skip
+    return jnp.asarray(sum(np.float32(w) * x for w, x in zip(weights, arrays, strict=True)))
+  if shapes == {shape[1:]} and len(arrays) == shape[0] == runs:
+    return jnp.stack(arrays)
+  raise InputError(
+    'config.model.init_from', f'{path} {" and ".join(map(str, sorted(shapes)))} in {len(arrays)} '
+    f'of {runs} runs', f'{shape} in each', 'use runs of the same method and size',
+  )  # fmt: skip
+
+
+def _head(content: bundle.Bundle, leaves: Mapping, labels: tuple[str, ...], run) -> dict[str, Any]:
+  """The run's head, its classes in the order of this run's labels."""
+  if sorted(content.labels) != sorted(labels):
+    raise InputError(
+      'config.model.head', f"'keep' with the labels {', '.join(content.labels) or 'of a number'} "
+      f'of {run}', f'{", ".join(labels) or "a number"}, those of this task', "use head='new'",
+    )  # fmt: skip
+  head = {path: x for path, x in leaves.items() if path.startswith('params/head/')}
+  if labels:
+    order = [content.labels.index(label) for label in labels]
+    for path in ('params/head/out/kernel', 'params/head/out/bias'):
+      head[path] = head[path][..., order]
+  return head

@@ -1,0 +1,162 @@
+"""Every config of efft on two tasks of short texts, one budget for all, three seeds.
+
+    python experiments/methods/run.py --data=FOLDER [--shard=0/2] [--steps=150]
+
+FOLDER holds cola/ and stsb/, each with train.parquet and validation.parquet. Half of each
+validation split, drawn once, chooses learning rates: for each family, its first config tries its
+own rate times 1/3, 1 and 3 with seed 0, and what is best there all configs of the family take. The
+other half is reported. What records.jsonl has is not made again, so the command may be stopped and
+started at will; several at once share the work by --shard. `table.py` makes the table.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from absl import app, flags
+
+from efft import catalogue, files
+from efft import config as configs
+from efft import run as efft
+
+HERE = Path(__file__).parent
+DATA = flags.DEFINE_string('data', os.environ.get('EFFT_DATA'), 'folder of the two tasks')
+MODEL = flags.DEFINE_string('model', 'all-MiniLM-L6-v2', 'encoder')
+OUTPUT = flags.DEFINE_string('output', str(HERE / 'records.jsonl'), 'where records go')
+SHARD = flags.DEFINE_string('shard', '0/1', 'this process makes every n-th run, from the i-th: i/n')
+STEPS = flags.DEFINE_integer('steps', 150, 'of each run')
+BATCH = flags.DEFINE_integer('batch', 16, 'examples a step')
+
+TASKS = {'stsb': 'pearson', 'cola': 'matthews'}
+SEEDS = (0, 1, 2)
+FACTORS = (1 / 3, 1.0, 3.0)
+# The config that searches for each family (`efft.catalogue`); others take the rate of 'low rank'.
+SEARCH = {
+  'adapters': 'pfeiffer',
+  'prompts': 'prompt',
+  'representations': 'loreft',
+  'scaling': 'ia3',
+  'low rank': 'lora',
+  'spectral': 'fourierft',
+  'orthogonal': 'oft',
+  'shared pieces': 'miss',
+  'masks': 'fish',
+  'hybrids': 'mam',
+  'side network': 'ladder',
+  'rules': 'bitfit',
+}
+
+
+def halves(folder: Path, task: str) -> Path:
+  """The task with its validation split cut in two: 'validation' chooses, 'test' is reported."""
+  source, target = Path(DATA.value) / task, folder / task
+  target.mkdir()
+  (target / 'train.parquet').symlink_to((source / 'train.parquet').resolve())
+  rows = pd.read_parquet(source / 'validation.parquet')
+  order = np.random.default_rng(0).permutation(len(rows))
+  cut = len(rows) // 2
+  rows.iloc[np.sort(order[:cut])].to_parquet(target / 'validation.parquet')
+  rows.iloc[np.sort(order[cut:])].to_parquet(target / 'test.parquet')
+  return target
+
+
+def train(folder: Path, task: str, name: str, seed: int, factor: float) -> dict:
+  """One run through the real command line; 'chosen' and 'reported' are the scores of the halves.
+
+  In a process of its own: peak memory is a process's, and a crash stays in it.
+  """
+  config = configs.load(f'configs/{name}.py:task={task}')
+  lr = config.optim.lr * factor
+  overrides = {
+    'seed': seed,
+    'task.path': folder / task,
+    'model.name': MODEL.value,
+    'optim.lr': lr,
+    'train.batch_size': BATCH.value,
+    'train.steps': STEPS.value,
+    # Evaluated once, at the end, and so not chosen by it.
+    'train.eval_epochs': 1000,
+    'train.save': 'last',
+  }
+  for group, fields in config.optim.groups.items():
+    if fields.lr is not None:
+      overrides[f'optim.groups.{group}.lr'] = fields.lr * factor
+  with tempfile.TemporaryDirectory() as scratch:
+    workdir = Path(scratch) / 'run'
+    command = [sys.executable, '-m', 'efft', 'train', f'--workdir={workdir}']
+    command += [f'--config=configs/{name}.py:task={task}']
+    command += [f'--config.{field}={value}' for field, value in overrides.items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+      error = done.stderr.strip().splitlines()[-1:]
+      return {'lr': lr, 'chosen': None, 'reported': None, 'error': ' '.join(error)[:500]}
+    results = files.read_json(workdir / 'results.json')
+    reported = efft.evaluate(workdir, split='test')
+  kept = ('trainable', 'seconds', 'compile_seconds', 'examples_per_second', 'peak_mb', 'bundle_mb')
+  return {
+    'lr': lr,
+    'chosen': results['metrics'][TASKS[task]],
+    'reported': reported[TASKS[task]],
+    **{key: results[key] for key in kept},
+  }
+
+
+def best_factor(records: list[dict], task: str, name: str) -> float | None:
+  """What the search on the first half found; None before it is complete."""
+  found = {
+    r['factor']: r['chosen']
+    for r in records
+    if (r['seed'], r['task'], r['config']) == (0, task, name)
+  }
+  if not all(factor in found for factor in FACTORS):
+    return None
+  return max(FACTORS, key=lambda factor: -1.0 if found[factor] is None else found[factor])
+
+
+def main(argv):
+  del argv
+  output = Path(OUTPUT.value)
+  index, count = map(int, SHARD.value.split('/'))
+  families = {name: entry['family'] for name, entry in files.read_json(catalogue.FILE).items()}
+  searches = [
+    (0, task, first, factor)
+    for task, first, factor in itertools.product(TASKS, SEARCH.values(), FACTORS)
+  ]
+
+  def records():
+    every = files.read_jsonl(output) if output.exists() else []
+    return [r for r in every if (r['steps'], r['batch']) == (STEPS.value, BATCH.value)]
+
+  def make(folder, work):
+    for seed, task, name, factor in work:
+      key = {'seed': seed, 'task': task, 'config': name, 'factor': factor}
+      if any(key.items() <= record.items() for record in records()):
+        continue
+      budget = {'family': families[name], 'steps': STEPS.value, 'batch': BATCH.value}
+      record = {**key, **budget, **train(folder, task, name, seed, factor)}
+      files.append_jsonl(output, record)
+      print(record, flush=True)
+
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = Path(scratch)
+    for task in TASKS:
+      halves(folder, task)
+    make(folder, searches[index::count])
+    found = records()
+    work = []
+    for seed, task, name in itertools.product(SEEDS, TASKS, families):
+      factor = best_factor(found, task, SEARCH.get(families[name], SEARCH['low rank']))
+      if factor is None:
+        print(f'{task} {name}: its family is still being searched; start this again')
+      else:
+        work.append((seed, task, name, factor))
+    make(folder, work[index::count])
+
+
+if __name__ == '__main__':
+  app.run(main)
