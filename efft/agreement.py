@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from efft import arithmetic, compact
-from efft import config as configs
 from efft.bundle import Bundle
-from efft.errors import InputError
+from efft.errors import InputError, nearest
 
 LOW_RANK = ('lora.lora', 'lora.embedding')
 # What does something to one run.
@@ -40,7 +39,7 @@ def check_options(runs, output, how, density, majority, rank, head, seed) -> Non
     ('--majority', majority or 'total', arithmetic.MAJORITIES),
   ):
     if value not in names:
-      close = configs.nearest(str(value), names)
+      close = nearest(str(value), names)
       fix = f'did you mean {close}?' if close else 'choose one'
       raise InputError(flag, repr(value), f'one of {", ".join(names)}', fix)
   for flag, value, matters in (

@@ -63,14 +63,18 @@ class Mix(NamedTuple):
 
 def largest(x: np.ndarray, density: float) -> np.ndarray:
   """`x` with all but its int(density x.size) largest magnitudes at zero."""
-  size = np.abs(x).ravel()
-  keep = int(density * size.size)
-  if keep == 0:
-    return np.zeros_like(x)
-  least = np.partition(size, size.size - keep)[size.size - keep]
-  mask = size > least
-  mask[np.flatnonzero(size == least)[: keep - mask.sum()]] = True
+  mask = highest(np.abs(x).ravel(), int(density * x.size))
   return np.where(mask.reshape(x.shape), x, 0.0)
+
+
+def highest(scores: np.ndarray, count: int) -> np.ndarray:
+  """bool [N]: the `count` largest of scores [N], the first of equal ones."""
+  if count == 0:
+    return np.zeros(scores.shape, bool)
+  least = np.partition(scores, scores.size - count)[scores.size - count]
+  kept = scores > least
+  kept[np.flatnonzero(scores == least)[: count - int(kept.sum())]] = True
+  return kept
 
 
 def around(

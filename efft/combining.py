@@ -17,10 +17,10 @@ from efft import (
   compact,
   environment,
   files,
+  functions,
   transfer,
   tree,
 )
-from efft import config as configs
 from efft.arithmetic import Factors, Mix
 from efft.models.encoder import EncoderConfig, init_params
 from efft.peft import base as peft
@@ -87,7 +87,7 @@ def combine(
   agreement.check_alike(runs, contents, how, head)
   first = contents[0]
   pretrained = functools.cache(functools.partial(transfer.pretrained, first))
-  leaves = [_whole(content, pretrained) for content in contents]
+  leaves = [transfer.whole(content, pretrained) for content in contents]
   fixed = agreement.fixed(runs, contents, leaves, how)
   low, rest = zip(
     *(_factors(own, c.method) for own, c in zip(leaves, contents, strict=True)), strict=True
@@ -157,7 +157,7 @@ def _low_rank(name, runs, sites, fixed, how, weights, mix: Mix, rank) -> dict[st
 def _factors(leaves: Mapping, method: Mapping) -> tuple[dict, dict]:
   """({name: {site: Factors}} of the low-rank deltas, the other leaves below 'delta/')."""
   specs = {
-    name: configs.signature(spec['fn']) | spec
+    name: functions.signature(spec['fn']) | spec
     for name, spec in method.items()
     if spec['fn'] in agreement.LOW_RANK
   }
@@ -189,7 +189,7 @@ def _scale(spec: Mapping, site: str, rank: int) -> float:
 def _spec(specs: Sequence[Mapping], parts: Mapping[str, Factors]) -> dict:
   """The method that applies `parts` with the scale 1, wherever one of `specs` acts."""
   part = next(iter(parts.values()))
-  options = [configs.signature(spec['fn']) | spec for spec in specs]
+  options = [functions.signature(spec['fn']) | spec for spec in specs]
   places = list(dict.fromkeys(spec['at'] for spec in options))
   new = {
     'rank': part.rank,
@@ -240,17 +240,7 @@ def _starts(content: bundle.Bundle, params: Mapping) -> dict[str, np.ndarray]:
 def _beside(content: bundle.Bundle, delta: Mapping, params: Mapping) -> dict[str, np.ndarray]:
   """{path: array} of the pretrained leaves, less what the deltas have taken over."""
   deltas, own = peft.build(content.method), tree.unflatten(delta).get('delta', {})
-  return jax.device_get(tree.flatten({'params': peft.rebase(deltas, params, own)}))
-
-
-def _whole(content: bundle.Bundle, pretrained: Callable) -> dict[str, np.ndarray]:
-  """All leaves as arrays."""
-  leaves = content.leaves
-  own = {path: x for path, x in leaves.items() if path.startswith('delta/')}
-  whole = compact.whole(own, {})
-  others = {path: x for path, x in leaves.items() if path not in own}
-  sparse = any(isinstance(x, compact.Sparse) for x in others.values())
-  return whole | compact.whole(others, _beside(content, whole, pretrained()) if sparse else {})
+  return jax.device_get(transfer.beside(deltas, params, own))
 
 
 def _stored(

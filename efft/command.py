@@ -5,7 +5,6 @@ memory); 75 preempted, the same command continues; 130 interrupted; 141 the read
 went away. An error is one line on standard error; EFFT_TRACEBACK=1 adds where it came from.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from efft import __version__
-from efft.errors import EfftError, EnvironmentProblem, InputError
+from efft.errors import EfftError, EnvironmentProblem, InputError, nearest, unknown
 
 
 class Flag(NamedTuple):
@@ -101,8 +100,8 @@ def _dispatch(verbs: Mapping[str, Verb], intro: str, args: list[str]) -> None:
 
 
 def _did_you_mean(name: str, names, otherwise: str = 'see `efft --help`') -> str:
-  close = difflib.get_close_matches(name, list(names), 1, 0.5)
-  return f'did you mean {close[0]}?' if close else otherwise
+  close = nearest(name, names, 0.5)
+  return f'did you mean {close}?' if close else otherwise
 
 
 def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
     if match := re.match(r'--?(no)?config\.([^=]*)(=)?', arg):
       no, name, equals = match.groups()
       if name not in known:
-        raise config.unknown(f'--config.{name}', 'field', name, known)
+        raise unknown(f'--config.{name}', 'field', name, known)
       if not no and not equals and not isinstance(known[name], bool):
         # To config_flags a field of any literal may be a switch, and takes no value after a space.
         value = next(arguments, None)

@@ -15,10 +15,8 @@ of anything for a list, so no value is believed before `resolve`.
 """
 
 import ast
-import difflib
 import hashlib
 import json
-import math
 import re
 import traceback
 from pathlib import Path
@@ -26,7 +24,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from efft.errors import InputError
+from efft import functions
+from efft.errors import InputError, nearest, unknown
 from efft.fields import FIELDS, RULES, TABLE, Field
 
 PACKAGE = Path(__file__).resolve().parent
@@ -37,24 +36,6 @@ GROUP_FIELDS = ('lr', 'weight_decay', 'schedule', 'transform')
 # `file.py:key=value,...`: every task field by its own name, and what everybody sets.
 SHORT = {name.partition('.')[2]: name for name in FIELDS if name.startswith('task.')}
 SHORT |= {'task': SHORT.pop('name'), 'model': 'model.name', 'init_from': 'model.init_from'}
-REQUIRED = object()
-
-
-def nearest(name: str, names, cutoff: float = 0.6) -> str:
-  """The closest of `names`, or ''."""
-  return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), '')
-
-
-def unknown(where: str, what: str, name: str, names) -> InputError:
-  """The error for a name that does not exist, with the nearest that does."""
-  names = sorted(names)
-  close = nearest(name, names)
-  fix = f'did you mean {close}?' if close else 'see `efft train --helpfull`'
-  # Of many dotted names only the neighbours are of use in one line.
-  group = name.rpartition('.')[0]
-  near = [n for n in names if n.rpartition('.')[0] == group] or names
-  shown = ', '.join(near[:16]) + (', ...' if len(near) > 16 else '')
-  return InputError(where, f'unknown {what} {name!r}', f'one of {shown}' if near else 'none', fix)
 
 
 def default(arg: str = '') -> ConfigDict:
@@ -155,9 +136,9 @@ def load(spec: str) -> ConfigDict:
 def _opened(spec: ConfigDict, where: str) -> ConfigDict:
   """A function and its options with those that it leaves at their defaults."""
   given = {k: v for k, v in spec.items() if k != 'fn'}
-  known = signature(spec.get('fn'), where=where).items()
+  known = functions.signature(spec.get('fn'), where=where).items()
   opened = ConfigDict({'fn': spec.get('fn')})
-  for option, value in ({k: v for k, v in known if v is not REQUIRED} | given).items():
+  for option, value in ({k: v for k, v in known if v is not functions.REQUIRED} | given).items():
     opened[option] = FieldReference(value, field_type=object)
   return opened
 
@@ -303,7 +284,7 @@ def _transform(where: str, spec: Any) -> dict:
   if not isinstance(spec, dict):
     fix = "as in {'fn': 'masks.fish', 'density': 0.005}"
     raise InputError(where, repr(spec), 'a function and its options', fix)
-  return _function(where, spec)
+  return functions.checked(where, spec)
 
 
 def _method(name: str, spec: Any) -> dict:
@@ -311,74 +292,7 @@ def _method(name: str, spec: Any) -> dict:
   if not isinstance(spec, dict) or not str(name).isidentifier():
     fix = "as in {'lora': {'fn': 'lora.lora', 'rank': 8}}"
     raise InputError(where, repr(spec), 'a name and its options', fix)
-  return _function(where, spec)
-
-
-def _function(where: str, spec: dict) -> dict:
-  """A function of `peft` and all of its options, each of the kind of its default."""
-  options = {key: value for key, value in spec.items() if key != 'fn'}
-  known = signature(spec.get('fn'), where=where)
-  for key in options:
-    if key not in known:
-      raise unknown(where, 'option', str(key), known)
-  for key, start in known.items():
-    value = options.setdefault(key, start)
-    if value is REQUIRED:
-      raise InputError(f'{where}.{key}', 'nothing', 'a value', f'pass --{where}.{key}=...')
-    options[key] = _like(f'{where}.{key}', value, start)
-  return {'fn': spec['fn'], **options}
-
-
-def _like(where: str, value: Any, start: Any) -> Any:
-  """`value`, if it is of the kind of the function's own default; None as a default says nothing."""
-  if start is not None and start is not REQUIRED:
-    kinds = (int, float) if type(start) is float else type(start)
-    if isinstance(start, list | tuple):
-      kinds = (list, tuple)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and type(start) is not bool):
-      expected = 'a number' if type(start) is float else f'a value like {start!r}'
-      raise InputError(where, repr(value), expected, f'pass --{where}=...')
-    value = float(value) if type(start) is float else value
-  if isinstance(value, float) and not math.isfinite(value):
-    raise InputError(where, repr(value), 'a finite number', f'pass --{where}=...')
-  return list(value) if isinstance(value, tuple) else value
-
-
-def signature(
-  fn: Any, folder: Path = PACKAGE / 'peft', where: str = 'config.method.*'
-) -> dict[str, Any]:
-  """Options of a function 'module.function' of `peft` and their defaults (REQUIRED: none).
-
-  Read from the source: importing it would load jax, which takes longer than refusing a typo may.
-  """
-  module, _, name = str(fn).partition('.')
-  file = folder / f'{module}.py'
-  if not isinstance(fn, str) or not module.isidentifier() or not file.is_file():
-    modules = [f.stem for f in folder.glob('*.py') if f.stem != '__init__']
-    raise unknown(f'{where}.fn', 'module', module, modules)
-  body = ast.parse(file.read_text(encoding='utf-8')).body
-  functions = {n.name: n for n in body if isinstance(n, ast.FunctionDef) and n.name[0] != '_'}
-  if name not in functions:
-    raise unknown(f'{where}.fn', 'function', fn, (f'{module}.{f}' for f in functions))
-  constants = {}
-  for node in body:
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-      try:
-        constants[node.targets[0].id] = ast.literal_eval(node.value)
-      except ValueError:
-        pass  # computed when the module runs: of no use as a default here
-
-  def value(node):
-    if node is None:
-      return REQUIRED
-    return constants[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
-
-  args = functions[name].args
-  positional = args.posonlyargs + args.args
-  defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
-  return {
-    arg.arg: value(node) for arg, node in zip(positional + args.kwonlyargs, defaults, strict=True)
-  }
+  return functions.checked(where, spec)
 
 
 def _steering(resolved: dict) -> dict[str, Any]:

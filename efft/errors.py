@@ -1,5 +1,7 @@
 """Errors that end a command, each with the exit code that scripts rely on."""
 
+import difflib
+
 
 class EfftError(Exception):
   """Base of all errors that are reported as one line, without a traceback."""
@@ -40,3 +42,20 @@ class Preempted(EfftError):
   """Stopped from outside with its state saved; the same command continues."""
 
   exit_code = 75
+
+
+def nearest(name: str, names, cutoff: float = 0.6) -> str:
+  """The closest of `names`, or ''."""
+  return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), '')
+
+
+def unknown(where: str, what: str, name: str, names) -> InputError:
+  """The error for a name that does not exist, with the nearest that does."""
+  names = sorted(names)
+  close = nearest(name, names)
+  fix = f'did you mean {close}?' if close else 'see `efft train --helpfull`'
+  # Of many dotted names only the neighbours are of use in one line.
+  group = name.rpartition('.')[0]
+  near = [n for n in names if n.rpartition('.')[0] == group] or names
+  shown = ', '.join(near[:16]) + (', ...' if len(near) > 16 else '')
+  return InputError(where, f'unknown {what} {name!r}', f'one of {shown}' if near else 'none', fix)

@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from efft import assemble, files, tree
-from efft import config as configs
 from efft.classifier import Classifier, chunks
 from efft.combining import combine
 from efft.data import sources
 from efft.data.splits import Split
 from efft.data.tasks import TASKS
-from efft.errors import InputError
+from efft.errors import InputError, unknown
 from efft.eval import evaluate as scoring
 from efft.finetune import train
 from efft.models import hub
@@ -128,7 +127,7 @@ def fetch(task: str | None = None, model: str | None = None) -> dict:
   found = {}
   if task:
     if task not in TASKS:
-      raise configs.unknown('--task', 'task', task, TASKS)
+      raise unknown('--task', 'task', task, TASKS)
     data = sources.load(task)
     found |= {f'{task} {name}': f'{len(split)} examples' for name, split in data.splits.items()}
   if model:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ def handed_on(deltas: peft.Deltas, weights: Mapping, frozen: Mapping, params: Ma
   if delta:
     values['delta'] = jax.device_get(peft.pack(deltas, delta))
   flat = tree.flatten(values)
-  beside = tree.flatten({'params': peft.rebase(deltas, params, delta)})
-  beside = {path: x for path, x in beside.items() if not path.startswith('params/head/')}
-  found = compact.compact(flat, beside)
+  pretrained = beside(deltas, params, delta)
+  found = compact.compact(
+    flat, {path: x for path, x in pretrained.items() if not path.startswith('params/head/')}
+  )
   if needs_base(flat, {'params': params}):
     return found
   # A whole model that needs no other is worth up to twice the room.
@@ -51,10 +52,26 @@ def needs_base(leaves: Mapping, variables: Mapping) -> bool:
 
 def restored(deltas: peft.Deltas, leaves: Mapping, params: Mapping) -> dict:
   """The variables of a bundle's leaves beside the checkpoint's `params`: undoes `handed_on`."""
-  own = {path: x for path, x in leaves.items() if path.startswith('delta/')}
-  delta = tree.unflatten(compact.whole(own, {})).get('delta', {})
-  flat = tree.flatten({'params': peft.rebase(deltas, params, delta)})
+  flat = beside(deltas, params, _delta(leaves))
   return tree.unflatten({**flat, **compact.whole(leaves, flat)})
+
+
+def beside(deltas: peft.Deltas, params: Mapping, delta: Mapping) -> dict:
+  """{path: array} of the checkpoint's `params`, less what the deltas have taken over."""
+  return tree.flatten({'params': peft.rebase(deltas, params, delta)})
+
+
+def whole(content: bundle.Bundle, params: Callable[[], Mapping]) -> dict[str, np.ndarray]:
+  """All leaves of a bundle as arrays; `params` gives the checkpoint's, where some are sparse."""
+  flat, leaves = {}, content.leaves
+  if any(p.startswith('params/') and isinstance(x, compact.Sparse) for p, x in leaves.items()):
+    flat = beside(peft.build(content.method), params(), _delta(leaves))
+  return compact.whole(leaves, jax.device_get(flat))
+
+
+def _delta(leaves: Mapping) -> dict:
+  own = {path: x for path, x in leaves.items() if path.startswith('delta/')}
+  return tree.unflatten(compact.whole(own, {})).get('delta', {})
 
 
 def pretrained(content: bundle.Bundle) -> dict:
@@ -119,7 +136,7 @@ def inherit(
   for number, run in enumerate(runs):
     content = bundle.load(run)
     bundle.check_base(content, sha256)
-    leaves = _whole(content, params)
+    leaves = whole(content, lambda: params)
     taken = {}
     for path, x in leaves.items():
       if path.startswith('params/head/'):
@@ -144,14 +161,6 @@ def inherit(
     flat[path] = _joined(path, arrays, flat[path], weights, len(runs))
   log.info('start: %d leaves of %s', len(given), ', '.join(map(str, runs)))
   return tree.unflatten(flat)
-
-
-def _whole(content: bundle.Bundle, params: Mapping) -> dict[str, np.ndarray]:
-  """All leaves that the run handed on, as plain arrays."""
-  if any(isinstance(x, compact.Sparse) for x in content.leaves.values()):
-    flat = tree.flatten(restored(peft.build(content.method), content.leaves, params))
-    return {path: np.asarray(flat[path]) for path in content.leaves}
-  return compact.whole(content.leaves, {})
 
 
 def _place(path: str, method: Mapping) -> str:

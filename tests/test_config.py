@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from efft import config
+from efft import config, functions
 from efft.errors import InputError
 from efft.fields import FIELDS
 
@@ -159,11 +159,11 @@ def test_signature_is_read_from_the_source(tmp_path):
     "AT = r'x.*'\nBUILT = max(1, 2)\n"
     'def f(a, b=2, /, c=(1, 2), at=AT, *, d=None, e=-1.0): pass\ndef _hidden(): pass\n'
   )
-  assert config.signature('m.f', tmp_path) == {
-    'a': config.REQUIRED, 'b': 2, 'c': (1, 2), 'at': 'x.*', 'd': None, 'e': -1.0,
+  assert functions.signature('m.f', tmp_path) == {
+    'a': functions.REQUIRED, 'b': 2, 'c': (1, 2), 'at': 'x.*', 'd': None, 'e': -1.0,
   }  # fmt: skip
   with pytest.raises(InputError, match='unknown function'):
-    config.signature('m._hidden', tmp_path)
+    functions.signature('m._hidden', tmp_path)
 
 
 def test_groups_override_known_groups_only():

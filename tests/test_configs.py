@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from efft import config
+from efft import config, functions
 
 FILES = sorted((Path(config.__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -38,8 +38,8 @@ def test_options_are_those_of_the_function(file):
     module, _, name = spec['fn'].partition('.')
     fn = getattr(importlib.import_module(f'efft.peft.{module}'), name)
     seen = {
-      p.name: config.REQUIRED if p.default is p.empty else p.default
+      p.name: functions.REQUIRED if p.default is p.empty else p.default
       for p in inspect.signature(fn).parameters.values()
     }
-    assert config.signature(spec['fn']) == seen
+    assert functions.signature(spec['fn']) == seen
     fn(**{key: value for key, value in spec.items() if key != 'fn'})

@@ -13,7 +13,7 @@ ROOT = Path(efft.__file__).parent
 # From the bottom up. Parts of one row know nothing of each other.
 LAYERS = (
   {'errors', 'cpu'},
-  {'files', 'tree', 'fields', 'compact', 'arithmetic'},
+  {'files', 'tree', 'fields', 'functions', 'compact', 'arithmetic'},
   {'config', 'data', 'progress', 'trackers'},
   {'models', 'mesh', 'checkpoint', 'bundle'},
   {'peft'},
@@ -30,7 +30,18 @@ LAYERS = (
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 MODULES = sorted(ROOT.rglob('*.py'))
 # Imported before a verb is known, or by processes that prepare data: jax would cost seconds there.
-WITHOUT_JAX = ('errors', 'cpu', 'files', 'fields', 'compact', 'config', 'data', 'command', 'main')
+WITHOUT_JAX = (
+  'errors',
+  'cpu',
+  'files',
+  'fields',
+  'functions',
+  'compact',
+  'config',
+  'data',
+  'command',
+  'main',
+)
 
 
 def part_of(file: Path) -> str:

@@ -108,6 +108,13 @@ class Table(nn.Module):
     return jnp.take(table, index, axis=0).astype(jnp.float32)
 
 
+def normalised(x, eps: float):
+  """x with mean 0 and variance 1 over the last axis, float32."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, -1, keepdims=True)
+  return y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+
+
 class LayerNorm(nn.Module):
   """Normalises the last axis with float32 statistics, returns `dtype` (default: x's type)."""
 
@@ -118,10 +125,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, -1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-    return (y * scale + bias).astype(self.dtype or x.dtype)
+    return (normalised(x, self.eps) * scale + bias).astype(self.dtype or x.dtype)
 
 
 class Attention(nn.Module):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from efft.peft.base import Delta, at_path, product
+from efft.peft.updates import LINEARS
 
 FAMILY = 'masks'  # in `efft methods`
-
-LINEARS = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul'
 
 
 def diff(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from efft.models import dots
 from efft.peft.base import Delta, product
+from efft.peft.updates import uniform
 
 FAMILY = 'representations'  # in `efft methods`
 
@@ -129,12 +130,10 @@ def _reft(rank, first, last, tied, dropout, at, *, orthonormal, subtract) -> Del
       raise ValueError(f'rank {rank} of representations of {d} units')
     p = {}
     for end, key_end in zip(ends, jax.random.split(key, len(ends)), strict=True):
-      keys, bound = jax.random.split(key_end, 3), d**-0.5
-      uniform = [
-        jax.random.uniform(k, shape, jnp.float32, -bound, bound)
-        for k, shape in zip(keys, ((d, rank), (d, rank), (rank,)), strict=True)
-      ]
-      p[f'{end}r'], p[f'{end}w'], p[f'{end}b'] = uniform
+      keys = jax.random.split(key_end, 3)
+      shapes = {'r': (d, rank), 'w': (d, rank), 'b': (rank,)}
+      for k, (leaf, shape) in zip(keys, shapes.items(), strict=True):
+        p[end + leaf] = uniform(k, shape, d)
       if orthonormal:
         p[f'{end}r'] = orthonormal_columns(jax.random.normal(keys[0], (d, rank)))
     return p

@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from efft.peft.base import Delta, product
-from efft.peft.lora import kernel_shape, uniform
+from efft.peft.updates import QUERY_VALUE, kernel_shape, uniform
 
 FAMILY = 'low rank'  # in `efft methods`
-
-QUERY_VALUE = r'layer_\d+/attention/(query|value)/matmul'
 
 
 def krona(

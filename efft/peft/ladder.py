@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from efft.models import dots
+from efft.models.layers import normalised
 from efft.peft.adapter import activation_function, normal
 from efft.peft.base import Delta, product
 
@@ -105,5 +106,4 @@ def ladder(
 
 
 def _norm(x, scale, bias):
-  x = x - jnp.mean(x, -1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale + bias
+  return normalised(x, 1e-6) * scale + bias

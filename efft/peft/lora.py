@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from efft.peft.base import Delta, product
+from efft.peft.updates import QUERY_VALUE, kernel_shape, uniform
 
 FAMILY = 'low rank'  # in `efft methods`
-
-QUERY_VALUE = r'layer_\d+/attention/(query|value)/matmul'
 
 
 def lora(
@@ -241,19 +240,6 @@ def dylora(
     return {**p, 'b': jnp.where(jnp.arange(rank)[:, None] < r, p['b'] * (rank / r), 0.0)}
 
   return low._replace(expand=expand)
-
-
-def kernel_shape(site) -> tuple[int, int]:
-  """[d_in, d_out] of the kernel that made site.y from site.x."""
-  if site.w is None or site.x is None:
-    raise ValueError('a site without a kernel')
-  return site.w.shape
-
-
-def uniform(key, shape, fan_in: int):
-  """Uniform in +-1/sqrt(fan_in): torch's kaiming_uniform_ with a = sqrt(5)."""
-  bound = fan_in**-0.5
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def _patterns(name: str, given, kinds) -> list[tuple[re.Pattern, float]]:

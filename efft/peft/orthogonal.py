@@ -12,7 +12,7 @@ import numpy as np
 
 from efft.models import dots
 from efft.peft.base import Delta, product
-from efft.peft.lora import kernel_shape
+from efft.peft.updates import LINEARS, QUERY_VALUE, kernel_shape
 
 FAMILY = 'orthogonal'  # in `efft methods`
 
@@ -22,7 +22,7 @@ def oft(
   block_share: bool = False,
   use_cayley_neumann: bool = False,
   num_cayley_neumann_terms: int = 5,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """OFT (Qiu et al. 2023, https://arxiv.org/abs/2306.07280): x R W, R block-diagonal, orthogonal.
 
@@ -71,9 +71,7 @@ def oft(
   return Delta(init, apply, at, merge)
 
 
-def boft(
-  block_size: int = 8, factors: int = 2, at: str = r'layer_\d+/attention/(query|value)/matmul'
-) -> Delta:
+def boft(block_size: int = 8, factors: int = 2, at: str = QUERY_VALUE) -> Delta:
   """BOFT (Liu et al. 2023, https://arxiv.org/abs/2311.06243): s * (x R W), R a butterfly product.
 
   R is a product of `factors` sparse orthogonal matrices. Each is block-diagonal (Cayley, as in
@@ -124,7 +122,7 @@ def boft(
 def hra(
   rank: int = 8,
   regularization: float = 0.0,
-  at: str = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul',
+  at: str = LINEARS,
 ) -> Delta:
   """HRA (Yuan et al. 2024, https://arxiv.org/abs/2405.17484): x R W, R a chain of reflections.
 
@@ -177,7 +175,7 @@ def hra(
 def road(
   variant: str = 'road_1',
   group_size: int = 64,
-  at: str = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul',
+  at: str = LINEARS,
 ) -> Delta:
   """RoAd (Liao & Monz 2024, https://arxiv.org/abs/2409.00119): rotates pairs of outputs.
 

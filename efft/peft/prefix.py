@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from efft.peft.base import Delta
 from efft.peft.prompt import prepend, remove
+from efft.peft.updates import uniform
 
 FAMILY = 'prompts'  # in `efft methods`
 
@@ -48,8 +49,8 @@ def prefix(
       }
     p = {}
     for i, name in enumerate(names):
-      p[f'{name}_up'] = _uniform(keys[2 * i], (hidden, width), hidden)
-      p[f'{name}_up_bias'] = _uniform(keys[2 * i + 1], (width,), hidden)
+      p[f'{name}_up'] = uniform(keys[2 * i], (hidden, width), hidden)
+      p[f'{name}_up_bias'] = uniform(keys[2 * i + 1], (width,), hidden)
     return p
 
   def shared(key, sites):
@@ -57,8 +58,8 @@ def prefix(
     keys = jax.random.split(key, 3)
     return {
       'inputs': jax.random.normal(keys[0], (length, d)),
-      'down': _uniform(keys[1], (d, hidden), d),
-      'down_bias': _uniform(keys[2], (hidden,), d),
+      'down': uniform(keys[1], (d, hidden), d),
+      'down_bias': uniform(keys[2], (hidden,), d),
     }
 
   def expand(p, path, key):
@@ -91,7 +92,3 @@ def _shifted(length: int) -> tuple[Delta, Delta]:
     return prepend(jnp.zeros((length, site.y[0].shape[-1])), site.y)
 
   return Delta(behind.init, apply, 'embed/words', **own), behind
-
-
-def _uniform(key, shape, fan):
-  return jax.random.uniform(key, shape, jnp.float32, -(fan**-0.5), fan**-0.5)

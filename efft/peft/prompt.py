@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from efft.models.layers import normalised
 from efft.peft.base import Delta, Site, product
+from efft.peft.updates import uniform
 
 FAMILY = 'prompts'  # in `efft methods`
 
@@ -107,9 +109,6 @@ def ptuning(
     width = site.y[0].shape[-1]
     keys = iter(jax.random.split(key, 16 * layers + 16))
 
-    def uniform(shape, fan):
-      return jax.random.uniform(next(keys), shape, jnp.float32, -(fan**-0.5), fan**-0.5)
-
     sizes = [width, hidden, hidden, width]
     p = {'inputs': jax.random.normal(next(keys), (length, width))}
     if encoder == 'lstm':
@@ -117,11 +116,12 @@ def ptuning(
       for i in range(layers):
         for way in ('forward', 'backward'):
           reads = 2 * hidden if i else width
-          p[f'lstm_{i}_{way}_w'] = uniform((reads, 4 * hidden), hidden)
-          p[f'lstm_{i}_{way}_u'] = uniform((hidden, 4 * hidden), hidden)
-          p[f'lstm_{i}_{way}_b'] = uniform((4 * hidden,), hidden)
+          p[f'lstm_{i}_{way}_w'] = uniform(next(keys), (reads, 4 * hidden), hidden)
+          p[f'lstm_{i}_{way}_u'] = uniform(next(keys), (hidden, 4 * hidden), hidden)
+          p[f'lstm_{i}_{way}_b'] = uniform(next(keys), (4 * hidden,), hidden)
     for i, (fan, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
-      p[f'mlp_{i}_w'], p[f'mlp_{i}_b'] = uniform((fan, out), fan), uniform((out,), fan)
+      p[f'mlp_{i}_w'] = uniform(next(keys), (fan, out), fan)
+      p[f'mlp_{i}_b'] = uniform(next(keys), (out,), fan)
     return p
 
   def encode(p):
@@ -205,8 +205,7 @@ def attempt(
     # A row of padding alone has no largest token.
     text = jnp.where(mask.any(1), jnp.max(jnp.where(mask, x, -jnp.inf), 1), 0)
     h = product(jax.nn.silu(product(text, p['down'])), p['up'])
-    h = h - jnp.mean(h, -1, keepdims=True)
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5) * p['scale'] + p['bias']
+    h = normalised(h, 1e-5) * p['scale'] + p['bias']
     prompts = jnp.concatenate([p['prompt'], p['target'][None]])
     a = jax.nn.softmax(product(h, jnp.max(prompts, 1).T) / (temperature * h.shape[-1]), -1)
     rows = p['target'] + jnp.einsum('bp,pld->bld', a, prompts, precision='highest')

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efft.peft.base import Delta
-from efft.peft.lora import kernel_shape
-from efft.peft.updates import dense, factored
+from efft.peft.updates import QUERY_VALUE, dense, factored, kernel_shape, uniform
 
 FAMILY = 'shared pieces'  # in `efft methods`
 
@@ -16,7 +15,7 @@ def miss(
   rank: int = 64,
   mini_r: int = 0,
   dropout: float = 0.0,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """MiSS (Kang & Yin 2024, https://arxiv.org/abs/2409.15371): y + (sum of x's shards) D.
 
@@ -56,7 +55,7 @@ def vblora(
   init_vector_bank_bound: float = 0.02,
   init_logits_std: float = 0.1,
   dropout: float = 0.0,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """VB-LoRA (Li et al. 2024, https://arxiv.org/abs/2405.15179): y + x A B, pieces from one bank.
 
@@ -110,7 +109,7 @@ def randlora(
   rank: int = 32,
   alpha: float = 640.0,
   dropout: float = 0.0,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """RandLoRA (Albert et al. 2025, https://arxiv.org/abs/2502.00987): of full rank, random bases.
 
@@ -168,7 +167,7 @@ def delora(
   rank: int = 8,
   delora_lambda: float = 15.0,
   dropout: float = 0.0,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """DeLoRA (Bini et al. 2025, https://arxiv.org/abs/2503.18225): directions of fixed strength.
 
@@ -190,9 +189,8 @@ def delora(
 
   def init(key, site):
     d_in, d_out = kernel_shape(site)
-    bound = d_in**-0.5
     return {
-      'a': jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound),
+      'a': uniform(key, (d_in, rank), d_in),
       'b': jnp.zeros((rank, d_out), jnp.float32),
       'lambda': jnp.full((1,), delora_lambda, jnp.float32),
       'w_norm': jnp.linalg.norm(site.w.astype(jnp.float32), axis=1),
@@ -209,7 +207,7 @@ def delora(
   return factored(init, factors, at, dropout)
 
 
-def shira(rank: int = 8, at: str = r'layer_\d+/attention/(query|value)/matmul') -> Delta:
+def shira(rank: int = 8, at: str = QUERY_VALUE) -> Delta:
   """SHiRA (Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175): a sparse update, full rank.
 
   Of each kernel rank (d_in + d_out) entries at random places (SHiRA-Rand) train: as many numbers as

@@ -5,11 +5,9 @@ import jax.numpy as jnp
 
 from efft.models import dots
 from efft.peft.base import Delta, product
-from efft.peft.lora import kernel_shape
+from efft.peft.updates import LINEARS, QUERY_VALUE, dense, kernel_shape
 
 FAMILY = 'low rank'  # in `efft methods`
-
-QUERY_VALUE = r'layer_\d+/attention/(query|value)/matmul'
 
 
 def vera(
@@ -64,7 +62,7 @@ def vera(
 
 def said(
   dim: int = 1000,
-  at: str = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul',
+  at: str = LINEARS,
 ) -> Delta:
   """Intrinsic SAID (Aghajanyan et al. 2020, https://arxiv.org/abs/2012.13255): W + lambda P v.
 
@@ -99,10 +97,4 @@ def said(
     signs = 1.0 - 2.0 * (bits >> 31).astype(jnp.float32)
     return (signs * (p['v'] * p['lambda'] / rows**0.5)).reshape(-1)[:size].reshape(shape)
 
-  def apply(p, site):
-    return site.y + product(site.x, update(p, site.w.shape))
-
-  def merge(p, module):
-    return {**module, 'kernel': module['kernel'] + update(p, module['kernel'].shape)}
-
-  return Delta(init, apply, at, merge, shared)
+  return dense(init, update, at, shared=shared)

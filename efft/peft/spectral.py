@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efft.peft.base import Delta
-from efft.peft.lora import kernel_shape
-from efft.peft.updates import dense
+from efft.peft.updates import QUERY_VALUE, dense, kernel_shape, uniform
 
 FAMILY = 'spectral'  # in `efft methods`
 
@@ -19,7 +18,7 @@ def fourierft(
   scaling: float = 150.0,
   random_loc_seed: int = 777,
   init: str = 'normal',
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """FourierFT (Gao et al. 2024, https://arxiv.org/abs/2405.03003): y + x scaling Re(ifft2(F)).
 
@@ -81,7 +80,7 @@ def positions(n: int, shape: tuple[int, int], seed: int) -> np.ndarray:
 def c3a(
   block_size: int = 0,
   init: str = 'xavier_uniform',
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """C3A (Chen et al. 2024, https://arxiv.org/abs/2407.19342): y + x C / d_in, C block-circulant.
 
@@ -104,8 +103,8 @@ def c3a(
   if block_size < 0:
     raise ValueError(f'block_size {block_size} is below 0')
   draws = {
-    'xavier_uniform': lambda key, shape, fan: _uniform(key, shape, math.sqrt(6 / sum(fan))),
-    'kaiming_uniform': lambda key, shape, fan: _uniform(key, shape, fan[0] ** -0.5),
+    'xavier_uniform': lambda key, shape, fan: uniform(key, shape, sum(fan) / 6),
+    'kaiming_uniform': lambda key, shape, fan: uniform(key, shape, fan[0]),
     'gaussian': lambda key, shape, fan: jax.random.normal(key, shape, jnp.float32),
     'zeros': lambda key, shape, fan: jnp.zeros(shape, jnp.float32),
   }
@@ -136,7 +135,3 @@ def circulant(c):
 
 def _leaf(shape) -> str:
   return f'positions_{shape[0]}x{shape[1]}'
-
-
-def _uniform(key, shape, bound):
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from efft.peft.base import Delta, product
-from efft.peft.lora import kernel_shape, lora
+from efft.peft.lora import lora
+from efft.peft.updates import QUERY_VALUE, kernel_shape
 
 FAMILY = 'low rank'  # in `efft methods`
 
@@ -17,7 +18,6 @@ NF4 = (
   0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
   0.7229568362236023, 1.0,
 )  # fmt: skip
-QUERY_VALUE = r'layer_\d+/attention/(query|value)/matmul'
 
 
 def pissa(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, at: str = QUERY_VALUE) -> Delta:

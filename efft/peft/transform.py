@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from efft import tree
+from efft.arithmetic import highest
 from efft.peft.build import call
 
 
@@ -93,10 +94,7 @@ def top(scores: Mapping[str, np.ndarray], density: float) -> dict[str, np.ndarra
   """
   paths = sorted(scores)
   flat = np.concatenate([np.ravel(scores[path]) for path in paths])
-  count = max(1, round(density * flat.size))
-  least = np.partition(flat, flat.size - count)[flat.size - count]
-  kept = flat > least
-  kept[np.flatnonzero(flat == least)[: count - int(kept.sum())]] = True
+  kept = highest(flat, max(1, round(density * flat.size)))
   ends = np.cumsum([np.size(scores[path]) for path in paths])
   parts = np.split(kept, ends[:-1])
   return {p: part.reshape(np.shape(scores[p])) for p, part in zip(paths, parts, strict=True)}

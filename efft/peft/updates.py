@@ -3,8 +3,26 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from efft.peft.base import Delta, product
+
+# Where most of them act by default.
+QUERY_VALUE = r'layer_\d+/attention/(query|value)/matmul'
+LINEARS = r'layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/matmul'
+
+
+def kernel_shape(site) -> tuple[int, int]:
+  """[d_in, d_out] of the kernel that made site.y from site.x."""
+  if site.w is None or site.x is None:
+    raise ValueError('a site without a kernel')
+  return site.w.shape
+
+
+def uniform(key, shape, fan_in: int):
+  """Uniform in +-1/sqrt(fan_in): torch's kaiming_uniform_ with a = sqrt(5)."""
+  bound = fan_in**-0.5
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def dense(init: Callable, update: Callable, at: str, **fields) -> Delta:

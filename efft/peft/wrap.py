@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from efft.peft import adapter, lora
 from efft.peft.base import Delta, Site, at_path
+from efft.peft.updates import QUERY_VALUE
 
 FAMILY = 'hybrids'  # in `efft methods`
 
@@ -207,7 +208,7 @@ def adamix_lora(
   experts: int = 4,
   rank: int = 4,
   alpha: float = 8.0,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """AdaMix (Wang et al. 2022, https://arxiv.org/abs/2205.12410), of LoRAs.
 
@@ -236,7 +237,7 @@ def propetl_lora(
   rank: int = 32,
   alpha: float = 48.0,
   keep: float = 0.1,
-  at: str = r'layer_\d+/attention/(query|value)/matmul',
+  at: str = QUERY_VALUE,
 ) -> Delta:
   """ProPETL (Zeng et al. 2023, https://arxiv.org/abs/2305.17682), of LoRA.
 
