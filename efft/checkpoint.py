@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -48,8 +49,7 @@ class Checkpoints:
     with files.disk_errors(self.folder):
       if jax.process_index() == 0:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for entry in self.folder.glob('*.orbax-checkpoint-tmp*'):  # of a save that was killed
-          shutil.rmtree(entry)
+        _remove_unfinished(self.folder)
         _set_aside_damaged(self.folder)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('efft.checkpoint.open')
@@ -94,6 +94,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore's own are ValueErrors
+      if jax.process_index() == 0:
+        with contextlib.suppress(OSError):
+          _remove_unfinished(self.folder)
       reason = str(error).strip().splitlines()[0][:300]
       raise EnvironmentProblem(
         f'{self.folder / str(step)}: cannot write the checkpoint: {reason}'
@@ -175,6 +178,20 @@ def _quiet_orbax():
     yield
   finally:
     logger.removeFilter(drop)
+
+
+def _remove_unfinished(folder: Path, patience: float = 5.0) -> None:
+  """Deletes what a save that was killed or that failed left behind.
+
+  A failed save returns with its first error while tensorstore's other writes go on in threads of
+  their own, and those make files and folders anew: what is deleted must stay away for a while.
+  """
+  end = time.monotonic() + patience
+  while entries := list(folder.glob('*.orbax-checkpoint-tmp*')):
+    for entry in entries:
+      last = time.monotonic() > end
+      shutil.rmtree(entry, ignore_errors=not last)
+    time.sleep(0.1)
 
 
 def _seal(folder: Path) -> None:

@@ -1,6 +1,10 @@
 """Checkpoints: what is kept, what is believed, what is refused."""
 
+import contextlib
+import itertools
 import shutil
+import threading
+import time
 from typing import Any, NamedTuple
 
 import disk
@@ -138,6 +142,27 @@ def test_another_tree_is_refused_with_the_difference(tmp_path):
       checkpoints.restore(1, state_at(0, shape=(3, 4)))
   assert '- trainable/head/kernel float32[3,4]' in str(error.value)
   assert '+ trainable/head/kernel float32[3,2]' in str(error.value)
+
+
+def test_a_failed_save_whose_writers_go_on_is_cleared_away(tmp_path):
+  fill(tmp_path, [1])
+  end = time.monotonic() + 0.7
+
+  def write():
+    for number in itertools.count():
+      if time.monotonic() > end:
+        return
+      with contextlib.suppress(OSError):
+        inner = tmp_path / '2.orbax-checkpoint-tmp' / 'state' / 'd'
+        inner.mkdir(parents=True, exist_ok=True)
+        (inner / str(number)).write_text('x')
+
+  writer = threading.Thread(target=write)
+  writer.start()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    writer.join()
+    assert checkpoints.steps == [1]
+    assert [p.name for p in tmp_path.iterdir() if 'tmp' in p.name] == []
 
 
 # A callback of tensorstore's failed write finds orbax's event loop closed.
