@@ -1,6 +1,6 @@
 """Markdown table of records.jsonl: every config's score on the half that chose nothing.
 
-python experiments/methods/table.py [--steps=150]
+python experiments/methods/table.py [--steps=400]
 """
 
 import statistics
@@ -11,7 +11,7 @@ from absl import app, flags
 from efft import catalogue, files
 
 HERE = Path(__file__).parent
-STEPS = flags.DEFINE_integer('steps', 150, 'of the runs to show')
+STEPS = flags.DEFINE_integer('steps', 400, 'of the runs to show')
 TASKS = ('stsb', 'cola')
 SEEDS = (0, 1, 2)
 
