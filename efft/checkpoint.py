@@ -191,7 +191,7 @@ def _remove_unfinished(folder: Path, patience: float = 5.0) -> None:
     for entry in entries:
       last = time.monotonic() > end
       shutil.rmtree(entry, ignore_errors=not last)
-    time.sleep(0.1)
+    time.sleep(0.3)
 
 
 def _seal(folder: Path) -> None:

@@ -1,10 +1,7 @@
 """Checkpoints: what is kept, what is believed, what is refused."""
 
-import contextlib
-import itertools
+import errno
 import shutil
-import threading
-import time
 from typing import Any, NamedTuple
 
 import disk
@@ -144,25 +141,28 @@ def test_another_tree_is_refused_with_the_difference(tmp_path):
   assert '+ trainable/head/kernel float32[3,2]' in str(error.value)
 
 
-def test_a_failed_save_whose_writers_go_on_is_cleared_away(tmp_path):
+def test_a_failed_save_whose_writers_go_on_is_cleared_away(tmp_path, monkeypatch):
   fill(tmp_path, [1])
-  end = time.monotonic() + 0.7
+  left = tmp_path / '2.orbax-checkpoint-tmp'
+  (left / 'state').mkdir(parents=True)
+  rmtree, calls = shutil.rmtree, []
 
-  def write():
-    for number in itertools.count():
-      if time.monotonic() > end:
-        return
-      with contextlib.suppress(OSError):
-        inner = tmp_path / '2.orbax-checkpoint-tmp' / 'state' / 'd'
-        inner.mkdir(parents=True, exist_ok=True)
-        (inner / str(number)).write_text('x')
+  def contested(path, ignore_errors=False):
+    """A writer adds something while the first call deletes, and just after the second."""
+    if path != left:
+      return rmtree(path, ignore_errors)
+    calls.append(ignore_errors)
+    if len(calls) == 1 and not ignore_errors:
+      raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+    if len(calls) > 1:
+      rmtree(path)
+    if len(calls) == 2:
+      (left / 'state').mkdir(parents=True)
 
-  writer = threading.Thread(target=write)
-  writer.start()
+  monkeypatch.setattr(shutil, 'rmtree', contested)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    writer.join()
     assert checkpoints.steps == [1]
-    assert [p.name for p in tmp_path.iterdir() if 'tmp' in p.name] == []
+  assert len(calls) == 3 and not left.exists()
 
 
 # A callback of tensorstore's failed write finds orbax's event loop closed.
