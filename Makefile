@@ -1,12 +1,13 @@
 # make demo   everything from nothing: environment, install, model, data, LoRA, a table of results
 # make test   the test suite
+# make peers  tests beside PyTorch, transformers, HF PEFT and AdapterHub (Python 3.11)
 # make lint   ruff, as CI runs it
 PYTHON ?= python3
 VENV ?= .venv
 # Processes of the test suite, at about 3 GB each.
 JOBS ?= 2
 
-.PHONY: demo test lint venv
+.PHONY: demo test peers lint venv
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -14,6 +15,25 @@ demo: venv
 
 test: venv
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) tests
+
+# Two environments, because AdapterHub wants an older transformers than efft.
+PEERS := $(VENV)-peft $(VENV)-adapterhub
+peers: $(PEERS:%=%/installed)
+	$(VENV)-peft/bin/python -m pytest -q --disable-warnings tests/peers --ignore=tests/peers/test_live_adapterhub.py \
+	  tests/test_arithmetic.py tests/test_convert.py tests/test_losses.py
+	$(VENV)-adapterhub/bin/python -m pytest -q --disable-warnings tests/peers/test_live_adapterhub.py \
+	  tests/peers/test_live_hf.py
+
+$(VENV)-peft/installed: setup.py tests/peers/requirements.txt
+	$(PYTHON) -m venv $(VENV)-peft
+	$(VENV)-peft/bin/python -m pip install -q --disable-pip-version-check \
+	  -r tests/peers/requirements.txt -e '.[test]'
+	@touch $@
+
+$(VENV)-adapterhub/installed: tests/peers/requirements-adapterhub.txt
+	$(PYTHON) -m venv $(VENV)-adapterhub
+	$(VENV)-adapterhub/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 lint: venv
 	$(VENV)/bin/python -m ruff check .

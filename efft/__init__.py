@@ -10,7 +10,10 @@ import than `efft --help` may take to answer.
 """
 
 __version__ = '0.1.0'
-__all__ = ['combine', 'evaluate', 'fetch', 'inspect', 'predict', 'train']
+__all__ = [
+  'combine', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect', 'merge', 'predict',
+  'train',
+]  # fmt: skip
 
 
 def __getattr__(name):

@@ -1,14 +1,15 @@
 """From a config, its data and its checkpoint to the functions and arrays that a run uses."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from efft import config as configs
-from efft import transfer, tree
+from efft import files, transfer, tree
 from efft.data import batches, packages, sources, tokens
 from efft.errors import InputError
 from efft.models import hub
@@ -70,6 +71,24 @@ def variables(
   if not delta:
     return values
   return {**values, 'params': peft.rebase(net.deltas, values['params'], values['delta'])}
+
+
+def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
+  """The data set of a run folder whose head has these labels; None where the run has no task.
+
+  Raises InputError where the data has other labels by now.
+  """
+  file = Path(run) / 'config.json'
+  if not file.exists():
+    return None
+  config = files.read_json(file)
+  data = sources.load(**config['task'], seed=config['seed'])
+  if data.labels != tuple(labels):
+    raise InputError(
+      str(run), f'the labels {", ".join(data.labels)} in the data', ', '.join(labels),
+      'restore the data that the run was trained on',
+    )  # fmt: skip
+  return data
 
 
 def with_dropout(cfg: EncoderConfig, rate: float | None) -> EncoderConfig:

@@ -4,7 +4,6 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,8 +46,11 @@ class Classifier:
     Raises:
       InputError: no bundle, a damaged one, or a base model that is not the one trained on.
     """
-    folder = Path(folder)
-    content = bundle.load(folder)
+    return cls.of(bundle.load(folder), str(folder), devices=devices)
+
+  @classmethod
+  def of(cls, content: bundle.Bundle, where: str, *, devices: int | None = None) -> 'Classifier':
+    """The classifier of a bundle in memory, which errors call `where`."""
     cfg = EncoderConfig.from_dict(content.encoder)
     net = assemble.network(cfg, content.method, content.dtype)
     params = transfer.pretrained(content) if content.needs_base else {}
@@ -56,7 +58,7 @@ class Classifier:
     expected = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     if difference := tree.diff(expected, variables['params']):
       raise InputError(
-        str(folder), 'other weights than its encoder has:\n' + difference, 'a whole bundle',
+        where, 'other weights than its encoder has:\n' + difference, 'a whole bundle',
         'train again, or restore it from a copy',
       )  # fmt: skip
     devices = mesh.make(devices)

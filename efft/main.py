@@ -48,6 +48,27 @@ def _combine(runs, output, how, weights, density, majority, rank, head, seed):
   _show(_run().combine(runs, output, how, majority=majority, head=head, **options))
 
 
+def _merge(run, output, tolerance, split):
+  tolerance = _number('tolerance', tolerance, float)
+  _show(_run().merge(run, output, tolerance=tolerance, split=split))
+
+
+def _export(run, output, format, tolerance, split, layout, name):
+  tolerance = _number('tolerance', tolerance, float)
+  found = _run().export(
+    run, output, format, tolerance=tolerance, split=split, layout=layout, name=name
+  )
+  _show(found)
+
+
+def _import(source, base, output, task, labels, max_length):
+  labels = labels.split(',') if labels else None
+  max_length = _number('max_length', max_length, int)
+  _show(
+    _run().import_adapter(source, base, output, task=task, labels=labels, max_length=max_length)
+  )
+
+
 def _inspect(config):
   _show(_run().inspect(config))
 
@@ -102,6 +123,8 @@ HOWS = (
   'ties_svd', 'dare_linear_svd', 'dare_ties_svd', 'magnitude_prune_svd',
 )  # fmt: skip
 RUN = Flag('run', 'folder of a finished run', None, True)
+TOLERANCE = Flag('tolerance', 'the largest difference of a logit that merging may make', '1e-3')
+COMPARED = Flag('split', 'of the task, on which both forms are compared', 'validation')
 OVERRIDES = """\
 Any field of the config can be set: --config.optim.lr=3e-4 --config.method.lora.rank=4
 `efft train --helpfull` lists them all, `efft methods` the configs that come with efft."""
@@ -147,6 +170,47 @@ VERBS = {
       Flag('rank', 'of what svd leaves; without it, the largest of the runs'),
       Flag('head', 'what to do with the heads', 'keep', False, ('keep', 'average', 'union')),
       Flag('seed', "of DARE's masks", '0'),
+    ),
+  ),
+  'merge': Verb(
+    _merge,
+    'fold what a run has trained into the weights, and prove that it says the same',
+    (
+      RUN,
+      Flag('output', 'run folder to make', None, True),
+      TOLERANCE,
+      COMPARED,
+    ),
+  ),
+  'export': Verb(
+    _export,
+    'write a run for transformers, HF PEFT or AdapterHub',
+    (
+      RUN,
+      Flag('output', 'folder to make', None, True),
+      Flag(
+        'format',
+        'hf: merged, for transformers; others: the adapter with its head',
+        'hf',
+        False,
+        ('hf', 'peft', 'adapterhub'),
+      ),
+      TOLERANCE,
+      COMPARED,
+      Flag('layout', "of AdapterHub's weights", 'safetensors', False, ('safetensors', 'bin')),
+      Flag('name', "of the adapter in AdapterHub's files", 'efft'),
+    ),
+  ),
+  'import': Verb(
+    _import,
+    'make a run of an adapter that HF PEFT or AdapterHub wrote',
+    (
+      Flag('source', 'its folder, or a Hugging Face id', None, True),
+      Flag('base', 'the encoder it was trained on: a folder or a Hugging Face id', None, True),
+      Flag('output', 'run folder to make', None, True),
+      Flag('task', 'its task, to evaluate and train on: mrpc, or reviews.csv,text=review'),
+      Flag('labels', "class names in the order of its head's outputs: bad,good"),
+      Flag('max_length', 'tokens', '128'),
     ),
   ),
   'inspect': Verb(

@@ -1,4 +1,4 @@
-"""What the command line does, as functions: train, evaluate, predict, combine, inspect, fetch.
+"""What the command line does, as functions: train, evaluate, predict, and what is made of runs.
 
 The same job as the first lines of the README:
 
@@ -23,13 +23,18 @@ from efft.data.splits import Split
 from efft.data.tasks import TASKS
 from efft.errors import InputError, unknown
 from efft.eval import evaluate as scoring
+from efft.exchange import export, import_adapter
 from efft.finetune import train
+from efft.merging import merge
 from efft.models import hub
 from efft.training import losses
 
 log = logging.getLogger(__name__)
 
-__all__ = ['combine', 'evaluate', 'fetch', 'inspect', 'predict', 'train']
+__all__ = [
+  'combine', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect', 'merge', 'predict',
+  'train',
+]  # fmt: skip
 
 
 def evaluate(run, *, split: str = 'validation') -> dict:
@@ -40,17 +45,14 @@ def evaluate(run, *, split: str = 'validation') -> dict:
   """
   folder = Path(run)
   model = Classifier.load(folder)
-  config = files.read_json(folder / 'config.json')
-  data = sources.load(**config['task'], seed=config['seed'])
+  data = assemble.own_task(folder, model.labels)
+  if data is None:
+    found, fix = 'no config.json, so no task', 'name a run folder; import with --task=...'
+    raise InputError(str(folder), found, 'a run that knows its task', fix)
   if split not in data.splits or data.splits[split].labels is None:
     labelled = [name for name, s in data.splits.items() if s.labels is not None]
     what = 'which has no labels' if split in data.splits else 'which the task does not have'
     raise InputError('--split', f'{split!r}, {what}', f'one of {", ".join(labelled)}', 'choose it')
-  if data.labels != model.labels:
-    raise InputError(
-      str(folder), f'the labels {", ".join(data.labels)} in the data', ', '.join(model.labels),
-      'restore the data that the run was trained on',
-    )  # fmt: skip
   part = data.splits[split]
   logits = model.logits(part.texts, part.pairs)
   names = (*data.metrics, *(('ece',) if data.kind == 'single' else ()))

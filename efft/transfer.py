@@ -74,20 +74,25 @@ def _delta(leaves: Mapping) -> dict:
   return tree.unflatten(compact.whole(own, {})).get('delta', {})
 
 
-def pretrained(content: bundle.Bundle) -> dict:
-  """The parameters that a bundle is beside, from where they were or from where their name leads.
+def base(content: bundle.Bundle) -> hub.Base:
+  """The checkpoint that a bundle is beside, from where it was or from where its name leads.
 
   Raises:
     InputError: they are not there, or not those that the bundle was trained on.
   """
   place = content.base['path'] if Path(content.base['path']).is_dir() else content.base['name']
   labels = content.encoder['num_labels']
-  base = hub.load(
+  found = hub.load(
     place, num_labels=labels, pooling=content.pooling, head='new', key=jax.random.key(0)
   )
   # What stands alone needs no base to predict; its differences to one do.
-  bundle.check_base(dataclasses.replace(content, needs_base=True), base.sha256)
-  return base.params
+  bundle.check_base(dataclasses.replace(content, needs_base=True), found.sha256)
+  return found
+
+
+def pretrained(content: bundle.Bundle) -> dict:
+  """The parameters of `base`."""
+  return base(content).params
 
 
 def inherit(

@@ -2,59 +2,21 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_end_to_end as runs
-import tiny
+from moved import base, trained
 
 from efft import arithmetic, assemble, bundle, compact, config, files, main, run, transfer, tree
 from efft.arithmetic import Mix
 from efft.combining import combine
 from efft.errors import EnvironmentProblem, InputError
-from efft.models import hub
 from efft.peft import base as peft
 
 BERT = Path(__file__).parent / 'fixtures' / 'bert'
-LABELS = ('no', 'maybe', 'yes')
-
-
-@functools.cache
-def base(num_labels: int = 3) -> hub.Base:
-  return hub.load(str(BERT), num_labels=num_labels, head='new', key=jax.random.key(0))
-
-
-@functools.cache
-def start(name: str, options: str, seed: int = 0):
-  """(network, variables, resolved config) before training; `options` as JSON."""
-  resolved = tiny.settings(name, **json.loads(options))
-  net = assemble.network(base().cfg, resolved['method'], 'float32')
-  return net, assemble.variables(net, base().params, jax.random.key(seed)), resolved
-
-
-def trained(folder, name: str, seed: int, options=None, about=None, move=0.1) -> str:
-  """A run folder whose trainable leaves have moved at random."""
-  net, values, resolved = start(name, json.dumps(options or {}))
-  parts = assemble.partition(values, resolved['rules'])
-  rng = np.random.default_rng(seed)
-  moved = tree.map_paths(lambda p, x: x + move * rng.normal(size=x.shape), parts.trainable)
-  moved = jax.tree.map(jnp.float32, moved)
-  leaves = transfer.handed_on(net.deltas, moved, parts.frozen, base().params)
-  fields = {
-    'leaves': leaves, 'tokenizer': (BERT / 'tokenizer.json').read_text(),
-    'encoder': base().cfg.to_dict(), 'method': resolved['method'],
-    'rules': tuple(map(tuple, resolved['rules'])), 'labels': LABELS, 'kind': 'single',
-    'max_length': 24, 'dtype': 'float32', 'pooling': 'cls',
-    'columns': {'text': 'text', 'label': 'label'},
-    'base': {'name': str(BERT), 'path': str(BERT), 'sha256': base().sha256},
-    'needs_base': transfer.needs_base(leaves, values), 'metrics': {'accuracy': 0.5}, 'versions': {},
-  }  # fmt: skip
-  bundle.save(folder / 'bundle', bundle.Bundle(**fields | (about or {})))
-  return str(folder)
 
 
 def read(folder) -> bundle.Bundle:

@@ -4,6 +4,7 @@ Rows name modules and the leaves follow: a kernel [d_in, d_out] is the transpose
 [d_out, d_in], an embedding or a scale is the weight, a bias the bias.
 """
 
+import dataclasses
 import functools
 import logging
 import re
@@ -104,7 +105,7 @@ def from_hf(
     raise InputError('head', repr(head), "'keep' or 'new'", 'choose one of them')
   shapes = _shapes(cfg)
   drawn = sorted(p for p in shapes if head == 'new' and p.startswith('head/'))
-  names = {_hf_name(p, cfg): p for p in shapes if p not in drawn}
+  names = {hf_name(p, cfg): p for p in shapes if p not in drawn}
   sources = _sources(tensors, cfg, names, head, where)
   found = {name: tensors[source] for name, source in sources.items()}
 
@@ -127,7 +128,7 @@ def to_hf(params: dict, cfg: EncoderConfig) -> dict[str, np.ndarray]:
     found = f'a tree that does not fit its config\n{_cut(text)}\n'
     raise InputError('params', found, cfg.architecture, 'pass the config that they belong to')
   return {
-    _hf_name(p, cfg, prefixed=True): np.ascontiguousarray(_transposed(leaf, p), np.float32)
+    hf_name(p, cfg, prefixed=True): np.ascontiguousarray(_transposed(leaf, p), np.float32)
     for p, leaf in tree.flatten(params).items()
   }
 
@@ -136,7 +137,8 @@ def _shapes(cfg) -> dict[str, jax.ShapeDtypeStruct]:
   return tree.flatten(jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0)))
 
 
-def _hf_name(path: str, cfg, prefixed: bool = False) -> str:
+def hf_name(path: str, cfg, prefixed: bool = False) -> str:
+  """Hugging Face's name of the parameter at a path below 'params'."""
   prefix, encoder, head = NAMES[cfg.architecture]
   module, leaf = path.rsplit('/', 1)
   number = re.match(r'layer_(\d+)/', module)
@@ -240,6 +242,11 @@ _CONFIGS = {
   },
   'electra': _FIELDS | {'embed_dim': ('embedding_size', 128, 1, 65_536)},
 }
+# Ids that transformers gives the architecture's own tokenizers.
+_SPECIAL = dict.fromkeys(
+  ('roberta', 'xlm-roberta', 'camembert'), {'bos_token_id': 0, 'eos_token_id': 2}
+)
+_SPECIAL['camembert'] = {'bos_token_id': 5, 'eos_token_id': 6}
 # Keys that change the mathematics, and the values under which they do not.
 _NEUTRAL = {
   'position_embedding_type': (None, 'absolute'),
@@ -297,6 +304,27 @@ def config_from_hf(
     num_labels=num_labels,
     **values,
   )
+
+
+def config_to_hf(cfg: EncoderConfig) -> dict[str, Any]:
+  """The inverse of `config_from_hf`, for layers of one width: shapes, rates and what is neutral."""
+  kind = cfg.architecture
+  if len(set(cfg.heads)) > 1 or len(set(cfg.mlp)) > 1:
+    found = f'{cfg.heads} heads, {cfg.mlp} units'
+    raise InputError('config.json', found, 'one width for all layers', 'pad the layers first')
+  values = {**dataclasses.asdict(cfg), 'layers': cfg.layers, 'heads': cfg.heads[0]}
+  values['mlp'] = cfg.mlp[0]
+  config = {'model_type': kind}
+  config |= {row[0]: values[field] for field, row in _CONFIGS[kind].items()}
+  if kind == 'distilbert':
+    del config['type_vocab_size'], config['layer_norm_eps']  # fixed in its source
+    config |= {'activation': cfg.activation, 'sinusoidal_pos_embds': False}
+  else:
+    config['hidden_act'] = cfg.activation
+  if 'embed_dim' not in _CONFIGS[kind] and cfg.embed_dim != cfg.hidden:
+    found = f'embeddings of {cfg.embed_dim} in a hidden size of {cfg.hidden}'
+    raise InputError('config.json', found, f'one size in {kind}', 'keep the bundle')
+  return config | _SPECIAL.get(kind, {})
 
 
 def _number(config, key, default, low, high, where):

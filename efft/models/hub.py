@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -183,30 +184,48 @@ def _pooling(folder: Path) -> str:
   return mode
 
 
-def _download(name: str) -> Path:
+def snapshot(
+  name: str,
+  patterns: Sequence[str],
+  where: str,
+  *,
+  otherwise: str = 'try again, or pass a folder',
+  whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
+  """The files of a hub id that match, from the cache where they are `whole`, else downloaded.
+
+  Raises InputError for what the hub does not give, EnvironmentProblem where it is out of reach.
+  """
   import huggingface_hub
   from huggingface_hub import errors
 
-  def snapshot(**options):
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), **options))
+  def get(**options):
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
 
   try:
-    folder = snapshot(local_files_only=True)
-    if not _missing(folder):
+    folder = get(local_files_only=True)
+    if whole(folder):
       return folder
   except OSError:  # not in the cache
     pass
   try:
-    folder = snapshot()
+    return get()
   except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
-    fix = 'check the name; for a private or gated model, log in with `hf auth login` first'
-    raise InputError('model.name', repr(name), 'a model that the hub gives you', fix) from error
+    fix = 'check the name; for a private or gated one, log in with `hf auth login` first'
+    raise InputError(where, repr(name), 'something that the hub gives you', fix) from error
   except Exception as error:  # httpx, requests or the hub's own, by version
     reason = str(error).strip().splitlines() or [type(error).__name__]
     raise EnvironmentProblem(
-      f'model.name: {name} is not in the cache and cannot be downloaded ({reason[0][:200]}); '
-      'try again, or pass a folder with config.json, model.safetensors and tokenizer.json'
+      f'{where}: {name} is not in the cache and cannot be downloaded ({reason[0][:200]}); '
+      f'{otherwise}'
     ) from error
+
+
+def _download(name: str) -> Path:
+  otherwise = 'try again, or pass a folder with config.json, model.safetensors and tokenizer.json'
+  folder = snapshot(
+    name, _FILES, 'model.name', otherwise=otherwise, whole=lambda found: not _missing(found)
+  )
   if missing := _missing(folder):
     found = f'{name!r} without {" and ".join(missing)}'
     fix = (

@@ -75,6 +75,18 @@ class Weights(Mapping[str, np.ndarray]):
     return len(self._place)
 
 
+def read_file(path: str | Path) -> dict[str, np.ndarray]:
+  """All tensors of one safetensors file; raises as `Weights`."""
+  path = Path(path)
+  names = _header(path)
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      return {name: file.get_tensor(name) for name in sorted(names)}
+  except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:
+    found = f'a tensor that cannot be read ({error})'
+    raise InputError(str(path), found, 'dtypes that numpy has', _AGAIN) from error
+
+
 def present(folder: Path) -> bool:
   """Whether every weight file that a folder promises is there; nothing is said of its content."""
   if (folder / SINGLE).exists():

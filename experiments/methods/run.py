@@ -3,11 +3,11 @@
     python experiments/methods/run.py --data=FOLDER [--shard=0/2] [--tasks=stsb] [--steps=400]
 
 FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Half of each
-validation split, drawn once, chooses learning rates: for each family, its first config tries its
-own rate times 1/3, 1 and 3 with seed 0, and what is best there all configs of the family take. The
-other half is reported. What records.jsonl has is not made again, so the command may be stopped and
-started at will; several at once share the work by --shard (on a CPU: one for each core, each under
-`taskset -c`). `table.py` makes the table.
+validation split, drawn once, chooses learning rates: for each family, one config tries its own rate
+times 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best
+there all configs of the family take. The other half is reported. What records.jsonl has is not made
+again, so the command may be stopped and started at will; several at once share the work by --shard
+(on a CPU: one for each core, each under `taskset -c`). `table.py` makes the table.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class Budget(NamedTuple):
 BUDGETS = {'stsb': Budget('pearson', 4, 48), 'cola': Budget('matthews', 16, 32)}
 SEEDS = (0, 1, 2)
 FACTORS = (1 / 3, 1.0, 3.0)
+MOST = 27.0  # the search goes no further than this from a config's own rate
 # The config that searches for each family (`efft.catalogue`); others take the rate of 'low rank'.
 SEARCH = {
   'adapters': 'pfeiffer',
@@ -127,8 +129,8 @@ def train(folder: Path, task: str, name: str, seed: int, factor: float) -> dict:
   }
 
 
-def best_factor(records: list[dict], task: str, name: str) -> float | None:
-  """What the search on the first half found; None before it is complete.
+def search(records: list[dict], task: str, name: str) -> tuple[float | None, float | None]:
+  """(the next factor to try, None at the end; the best one, None before the end).
 
   The lower loss decides between equal scores: a Matthews correlation is 0 for whoever predicts one
   class.
@@ -138,7 +140,14 @@ def best_factor(records: list[dict], task: str, name: str) -> float | None:
     for r in records
     if (r['seed'], r['task'], r['config']) == (0, task, name)
   }
-  return max(FACTORS, key=found.get) if all(factor in found for factor in FACTORS) else None
+  for factor in FACTORS:
+    if factor not in found:
+      return factor, None
+  best = max(found, key=found.get)
+  for end, factor in ((max(found), best * 3), (min(found), best / 3)):
+    if best == end and 1 / MOST <= factor <= MOST:
+      return factor, None
+  return None, best
 
 
 def main(argv):
@@ -146,39 +155,40 @@ def main(argv):
   output = Path(OUTPUT.value)
   index, count = map(int, SHARD.value.split('/'))
   families = {name: entry['family'] for name, entry in files.read_json(catalogue.FILE).items()}
-  searches = [
-    (0, task, first, factor)
-    for task, first, factor in itertools.product(TASKS.value, SEARCH.values(), FACTORS)
-  ]
+  searches = list(itertools.product(TASKS.value, SEARCH.values()))
 
   def records():
     every = files.read_jsonl(output) if output.exists() else []
     return [r for r in every if made_with(r['task']).items() <= r.items()]
 
-  def make(folder, work):
-    for seed, task, name, factor in work:
-      key = {'seed': seed, 'task': task, 'config': name, 'factor': factor}
-      if any(key.items() <= record.items() for record in records()):
-        continue
-      record = {'family': families[name], **key, **made_with(task)}
-      record |= train(folder, task, name, seed, factor)
-      files.append_jsonl(output, record)
-      print(record, flush=True)
+  def make(folder, seed, task, name, factor):
+    key = {'seed': seed, 'task': task, 'config': name, 'factor': factor}
+    if any(key.items() <= record.items() for record in records()):
+      return
+    record = {'family': families[name], **key, **made_with(task)}
+    record |= train(folder, task, name, seed, factor)
+    files.append_jsonl(output, record)
+    print(record, flush=True)
 
   with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch)
     for task in TASKS.value:
       halves(folder, task)
-    make(folder, searches[index::count])
-    found = records()
-    work = []
-    for seed, task, name in itertools.product(SEEDS, TASKS.value, families):
-      factor = best_factor(found, task, SEARCH.get(families[name], SEARCH['low rank']))
-      if factor is None:
-        print(f'{task} {name}: its family is still being searched; start this again')
-      else:
-        work.append((seed, task, name, factor))
-    make(folder, work[index::count])
+    for task, name in searches[index::count]:
+      while (factor := search(records(), task, name)[0]) is not None:
+        make(folder, 0, task, name, factor)
+    work = list(itertools.product(SEEDS, TASKS.value, families))[index::count]
+    while work:
+      rest = []
+      for seed, task, name in work:
+        first = SEARCH.get(families[name], SEARCH['low rank'])
+        best = search(records(), task, first)[1]
+        if best is None:
+          rest.append((seed, task, name))  # another process is still searching
+        else:
+          make(folder, seed, task, name, best)
+      work = rest
+      time.sleep(10 if rest else 0)
 
 
 if __name__ == '__main__':

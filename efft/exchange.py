@@ -1,0 +1,301 @@
+"""Runs as other libraries hold them, and theirs as runs."""
+
+import dataclasses
+import logging
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efft import bundle, environment, files, merging, transfer, tree
+from efft import config as configs
+from efft.data import sources
+from efft.errors import InputError
+from efft.interop import adapterhub_format, containers, foreign, hf_format, peft_format
+from efft.models import hub
+from efft.peft import base as peft
+
+log = logging.getLogger(__name__)
+
+FORMATS = ('hf', 'peft', 'adapterhub')
+LAYOUTS = ('safetensors', 'bin')
+_EXACT = 1e-4  # of a logit, between a run and what another library's file says of it
+
+
+def export(
+  run,
+  output,
+  format: str = 'hf',  # noqa: A002 - the flag's name
+  *,
+  tolerance: float = merging.TOLERANCE,
+  split: str = 'validation',
+  layout: str = 'safetensors',
+  name: str = 'efft',
+) -> dict[str, Any]:
+  """Writes a run as a folder that another library loads.
+
+  Args:
+    run: a run folder or a bundle.
+    output: the folder to make.
+    format: 'hf', a whole model with the deltas merged, for transformers'
+      AutoModelForSequenceClassification; 'peft' and 'adapterhub', the adapter with its head.
+    tolerance: the largest difference of any logit that merging may make; see `merging.merge`.
+    split: of the run's task, on which both forms are compared.
+    layout: of AdapterHub's weights, 'safetensors' or 'bin'.
+    name: of the adapter, in AdapterHub's files.
+
+  Returns:
+    {'format', 'files', 'difference', 'flips', 'on', 'examples', 'notes'}.
+
+  Raises:
+    InputError: what the library cannot compute exactly, with the formats that can hold it; nothing
+      is written.
+  """
+  run, output = Path(run), Path(output)
+  for flag, value, known in (('--format', format, FORMATS), ('--layout', layout, LAYOUTS)):
+    if value not in known:
+      raise InputError(flag, repr(value), f'one of {", ".join(known)}', 'choose one')
+  if output.exists():
+    raise InputError('--output', f'{str(output)!r}, which exists', 'a new name', 'choose another')
+  content = bundle.load(run)
+  if format == 'hf':
+    contents, said, notes = _whole(run, content, tolerance, split)
+  else:
+    contents, said, notes = _adapter(run, content, format, layout, name, split)
+  said.pop('metrics', None)
+  contents['README.md'] = _card(content, format, said, notes).encode()
+  with files.atomic_folder(output) as temp:
+    for file, data in contents.items():
+      (temp / file).parent.mkdir(parents=True, exist_ok=True)
+      files.atomic_write(temp / file, data)
+  for note in notes:
+    log.info('note: %s', note)
+  return {'format': format, 'files': sorted(contents), **said, 'notes': notes}
+
+
+def _whole(run: Path, content: bundle.Bundle, tolerance: float, split: str):
+  """(files, proof, notes) of a merged checkpoint."""
+  from efft.models.encoder import EncoderConfig
+
+  cfg = EncoderConfig.from_dict(content.encoder)
+  hf_format.check(cfg)
+  fixed = peft.fixed(peft.build(content.method))
+  if fixed:
+    able = [other for other in FORMATS[1:] if _holds(run, content, other)]
+    raise InputError(
+      '--format=hf', f'{", ".join(fixed)}, which cannot be folded into the weights',
+      'methods that merge (`efft methods` says which)',
+      f'use --format={" or --format=".join(able)}' if able else 'keep the bundle',
+    )  # fmt: skip
+  whole = merging.merged(content)
+  said = merging.proof(run, content, whole, split)
+  merging.check(said, tolerance)
+  folder = Path(content.base['path'])
+  contents, notes = hf_format.write(
+    cfg, tree.unflatten(whole.leaves)['params'], labels=content.labels, kind=content.kind,
+    tokenizer=content.tokenizer, max_length=content.max_length,
+    base=folder if folder.is_dir() else None,
+  )  # fmt: skip
+  return contents, said, notes
+
+
+def _adapter(run: Path, content: bundle.Bundle, format: str, layout: str, name: str, split: str):
+  """(files, proof, notes) of an adapter: written, read again, and compared."""
+  base = transfer.base(content)
+  contents = _written(content, base, format, layout, foreign.plain(name, '--name'))
+  with tempfile.TemporaryDirectory() as scratch:
+    for file, data in contents.items():
+      (Path(scratch) / file).parent.mkdir(parents=True, exist_ok=True)
+      (Path(scratch) / file).write_bytes(data)
+    again = _MODULES[format].read(Path(scratch), base)
+  back = dataclasses.replace(content, **_of(again, base))
+  said = merging.proof(run, content, back, split)
+  merging.check(said, _EXACT)
+  return contents, said, list(again.notes)
+
+
+def _written(content: bundle.Bundle, base: hub.Base, format: str, layout: str, name: str):
+  leaves = transfer.whole(content, lambda: base.params)
+  adapter = foreign.Adapter(content.method, leaves, content.rules, content.labels, content.kind)
+  if format == 'adapterhub':
+    return adapterhub_format.write(adapter, base, layout=layout, name=name)
+  return peft_format.write(adapter, base)
+
+
+def _holds(run: Path, content: bundle.Bundle, format: str) -> bool:
+  try:
+    _written(content, transfer.base(content), format, 'safetensors', 'efft')
+    return True
+  except InputError:
+    return False
+
+
+_MODULES = {'peft': peft_format, 'adapterhub': adapterhub_format}
+
+
+def _of(adapter: foreign.Adapter, base: hub.Base) -> dict[str, Any]:
+  """The fields of a bundle that an adapter decides."""
+  return {
+    'leaves': dict(adapter.leaves),
+    'method': configs.resolve({'task': {'name': '-'}, 'method': adapter.method})['method'],
+    'rules': tuple(adapter.rules),
+    'encoder': base.cfg.to_dict(),
+    'pooling': base.cfg.pooling,
+    'needs_base': transfer.needs_base(adapter.leaves, {'params': base.params}),
+  }
+
+
+def import_adapter(
+  source,
+  base: str,
+  output,
+  *,
+  task: str | None = None,
+  labels: Sequence[str] | None = None,
+  max_length: int = 128,
+) -> dict[str, Any]:
+  """Makes a run folder of an adapter that HF PEFT or AdapterHub wrote; which, is found by itself.
+
+  Args:
+    source: its folder, or a Hugging Face id.
+    base: the encoder that it was trained on: a folder or a Hugging Face id.
+    output: the run folder to make. `predict` and `export` take it; `evaluate` and
+      `train --config=OUTPUT/config.json --workdir=...`, which goes on from it, need `task`.
+    task: as after `--config=FILE.py:task=`: 'mrpc', 'reviews.csv,text=review,label=stars'.
+    labels: class names in the order of its head, where neither it nor the task has them.
+    max_length: tokens.
+
+  Returns:
+    {'method', 'labels', 'kind', 'numbers', 'notes'}.
+
+  Raises:
+    InputError: an adapter that cannot be read whole and exactly; nothing is written.
+  """
+  output, source = Path(output), str(source)
+  if output.exists():
+    raise InputError('--output', f'{str(output)!r}, which exists', 'a new name', 'choose another')
+  folder = resolve(source)
+  form = find_format(folder)
+  module = _MODULES[form]
+  checkpoint = hub.load(
+    base, num_labels=module.num_labels(folder), pooling='cls', head='new', key=jax.random.key(0)
+  )
+  adapter = module.read(folder, checkpoint)
+  config, data = None, None
+  if task:
+    given = configs.default(f'task={task}')
+    given.model.name = str(base)
+    config = configs.resolve(given)
+    data = sources.load(**config['task'], seed=config['seed'])
+  names, kind = _labels(adapter, checkpoint, data, labels)
+  fields = _of(adapter, checkpoint)
+  tokenizer = hub.tokenizer(checkpoint.folder, checkpoint.cfg.vocab_size)
+  content = bundle.Bundle(
+    **fields, tokenizer=tokenizer.to_str(), labels=names, kind=kind,
+    max_length=min(max_length, checkpoint.cfg.max_length), dtype='float32',
+    columns=data.columns if data else {'text': 'text', 'label': 'label'},
+    base={
+      'name': checkpoint.name, 'path': str(checkpoint.folder), 'sha256': checkpoint.sha256,
+    },
+    metrics={}, versions=environment.versions(),
+  )  # fmt: skip
+  done = {
+    'format': form, 'method': sorted(adapter.method), 'labels': list(names), 'kind': kind,
+    'numbers': int(sum(np.size(x) for x in adapter.leaves.values())), 'notes': list(adapter.notes),
+  }  # fmt: skip
+  with files.atomic_folder(output) as temp:
+    bundle.save(temp / 'bundle', content)
+    if config:
+      files.write_json(temp / 'config.json', _continuing(config, content, output))
+    files.write_json(temp / 'results.json', {'metrics': {}, 'imported': done})
+    card = bundle.card(
+      vars(content), title=f'{source}, imported', machine={'from': f'{form}: {source}'},
+      command=f'efft predict --run={output} --input=texts.csv --output=out.jsonl',
+    )  # fmt: skip
+    files.atomic_write(temp / 'README.md', card)
+  for note in adapter.notes:
+    log.info('note: %s', note)
+  return done
+
+
+def resolve(source: str) -> Path:
+  """The folder of an adapter: one that is there, or a Hugging Face id's, downloaded once."""
+  folder = Path(source).expanduser()
+  if folder.is_dir():
+    return folder
+  if folder.exists():
+    raise InputError('--source', f'{source!r}, a file', 'a folder', 'pass its folder')
+  if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) or '..' in source:
+    fix = 'check the path; a Hugging Face id looks like owner/name'
+    raise InputError('--source', f'no folder {source!r}', 'a folder or a Hugging Face id', fix)
+  return hub.snapshot(source, containers.PATTERNS, '--source')
+
+
+def find_format(folder: Path) -> str:
+  """'peft' or 'adapterhub', by what adapter_config.json says."""
+  if (folder / 'adapter_fusion_config.json').exists():
+    return 'adapterhub'
+  config = containers.config(folder, 'adapter_config.json')
+  if 'peft_type' in config:
+    return 'peft'
+  if 'config' in config or 'model_type' in config:
+    return 'adapterhub'
+  raise InputError(
+    str(folder / 'adapter_config.json'), 'neither peft_type nor config',
+    "an adapter of HF PEFT ('peft_type') or AdapterHub ('config')", 'pass its folder',
+  )  # fmt: skip
+
+
+def _labels(adapter: foreign.Adapter, base: hub.Base, data, given):
+  """(class names in the order of the head's outputs, kind)."""
+  count = base.cfg.num_labels
+  kind = data.kind if data else adapter.kind or ('regression' if count == 1 else 'single')
+  if kind == 'regression' and count == 1:
+    return (), kind
+  names = (
+    tuple(given or ()) or (data.labels if data else None) or adapter.labels or base.labels or ()
+  )
+  if len(names) != count:
+    raise InputError(
+      '--labels', f'{len(names)} names ({", ".join(names)})' if names else 'no class names',
+      f'{count}, one an output of the head', 'pass --labels=NAME,NAME,... in its order',
+    )  # fmt: skip
+  if data and data.labels != names:
+    raise InputError(
+      '--labels', ', '.join(names), f'{", ".join(data.labels)} as in the task', 'correct one'
+    )
+  return names, kind
+
+
+def _continuing(config: Mapping, content: bundle.Bundle, output: Path) -> dict:
+  """The config that evaluates an imported run, and with another --workdir trains it on."""
+  config = dict(config)
+  config['method'], config['rules'] = content.method, [list(rule) for rule in content.rules]
+  config['model'] = config['model'] | {
+    'pooling': content.pooling, 'max_length': content.max_length, 'head': 'keep',
+    'init_from': [str(output)],
+  }  # fmt: skip
+  config['optim'] = config['optim'] | {'lr': 1e-3} if content.method else config['optim']
+  return configs.resolve(config)
+
+
+def _card(content: bundle.Bundle, format: str, said: Mapping, notes: Sequence[str]) -> str:
+  """README.md of an exported folder, with the front matter that the hub reads."""
+  library = {'hf': 'transformers', 'peft': 'peft', 'adapterhub': 'adapter-transformers'}[format]
+  machine = {name: str(value) for name, value in said.items()}
+  machine |= {f'note {i}': note for i, note in enumerate(notes, 1)}
+  front = ['---', f'library_name: {library}', f'base_model: {content.base["name"]}']
+  front += ['pipeline_tag: text-classification', '---', '']
+  use = {
+    'hf': 'AutoModelForSequenceClassification.from_pretrained(FOLDER)',
+    'peft': 'PeftModel.from_pretrained(base, FOLDER)',
+    'adapterhub': 'model.load_adapter(FOLDER, with_head=True)',
+  }
+  card = bundle.card(
+    vars(content), title=content.base['name'], machine=machine, command=use[format]
+  )
+  return '\n'.join(front) + card

@@ -1,0 +1,87 @@
+"""Runs merged into whole models: what is proved, what is refused, what is left behind."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from moved import FIXTURES, trained
+
+from efft import bundle, merging, transfer, tree
+from efft.classifier import Classifier
+from efft.errors import InputError
+from efft.models.encoder import Encoder, EncoderConfig
+from efft.peft import base as peft
+
+TEXTS = ['a gorgeous, witty movie', 'a waste of time', 'boring', 'the plot was bad, i loved it']
+
+
+@pytest.mark.parametrize('architecture', ['bert', 'roberta', 'distilbert'])
+@pytest.mark.parametrize('method', ['lora', 'ia3'])
+def test_a_merged_run_stands_alone_and_says_the_same(architecture, method, tmp_path):
+  run = trained(tmp_path / 'run', method, 1, architecture=architecture)
+  done = merging.merge(run, tmp_path / 'merged')
+  content = bundle.load(tmp_path / 'merged')
+  assert content.method == {} and not content.needs_base
+  assert all(path.startswith('params/') for path in content.leaves)
+  # Beside neither deltas nor the classes that made the proof.
+  cfg = EncoderConfig.from_dict(content.encoder)
+  model = Classifier.load(run)
+  rows = np.random.default_rng(0).integers(1, cfg.vocab_size, (4, 9)).astype(np.int32)
+  args = rows, rows > 0, np.zeros_like(rows)
+  before = model.apply(
+    model.variables, dict(zip(('input_ids', 'mask', 'token_types'), args, strict=True))
+  )
+  plain = jax.jit(Encoder(cfg).apply)
+  after = plain({'params': tree.unflatten(content.leaves)['params']}, *args)
+  np.testing.assert_allclose(after, before, rtol=0, atol=2e-5)
+  untrained = transfer.base(bundle.load(run)).params
+  assert np.abs(plain({'params': untrained}, *args) - before).max() > 1e-2
+  said = done['merged']
+  assert said['on'] == 'made-up texts' and said['difference'] < 1e-4 and said['flips'] == 0
+
+
+def test_the_proof_measures_what_differs(tmp_path):
+  run = trained(tmp_path / 'run', 'lora', 1)
+  content = bundle.load(run)
+  whole = merging.merged(content)
+  path = 'params/head/out/bias'
+  moved = {**whole.leaves, path: whole.leaves[path] + np.float32([0.5, 0, 0])}
+  said = merging.proof(tmp_path / 'run', content, dataclasses.replace(whole, leaves=moved), '-')
+  assert said['difference'] == pytest.approx(0.5, abs=1e-4)
+  before = Classifier.of(content, 'run').logits(merging.made_up(content)[0])
+  after = before + np.float32([0.5, 0, 0])
+  assert said['flips'] == np.sum(before.argmax(-1) != after.argmax(-1)) > 0
+  with pytest.raises(InputError, match='differ by up to 0.5, and .* predictions of 256'):
+    merging.check(said, 1e-3)
+
+
+def test_what_does_not_merge_is_refused_and_nothing_is_written(tmp_path):
+  run = trained(tmp_path / 'run', 'pfeiffer', 1)
+  with pytest.raises(InputError, match='pfeiffer, which cannot be folded into the weights'):
+    merging.merge(run, tmp_path / 'merged')
+  run = trained(tmp_path / 'lora', 'lora', 1)
+  with pytest.raises(InputError, match='--tolerance: found logits that differ'):
+    merging.merge(run, tmp_path / 'merged', tolerance=0.0)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['lora', 'run']
+  with pytest.raises(InputError, match='which exists'):
+    merging.merge(run, tmp_path / 'run')
+
+
+def test_a_merged_run_keeps_its_task_and_trains_whole(tmp_path):
+  rows = ''.join(f'{text},{("no", "maybe", "yes")[i % 3]}\n' for i, text in enumerate('abcdefghi'))
+  (tmp_path / 'data.csv').write_text('text,label\n' + rows)
+  run = tmp_path / 'run'
+  trained(run, 'lora', 1)
+  from efft import config
+
+  task = config.load(f'configs/lora.py:task={tmp_path / "data.csv"},model={FIXTURES / "bert"}')
+  task.task.labels = ('no', 'maybe', 'yes')
+  (run / 'config.json').write_text(json.dumps(config.resolve(task)))
+  done = merging.merge(run, tmp_path / 'merged')
+  assert done['merged']['on'] == 'validation' and 'accuracy' in done['metrics']
+  left = config.resolve(config.load(str(tmp_path / 'merged' / 'config.json')))
+  assert left['method'] == {} and left['optim']['lr'] == 5e-5
+  assert left['task'] == config.resolve(task)['task']
+  assert peft.build(left['method']) == {}
