@@ -67,7 +67,7 @@ def export(
   else:
     contents, said, notes = _adapter(run, content, format, layout, name, split)
   said.pop('metrics', None)
-  contents['README.md'] = _card(content, format, said, notes).encode()
+  contents['README.md'] = _card(run.name, content, format, said, notes).encode()
   with files.atomic_folder(output) as temp:
     for file, data in contents.items():
       (temp / file).parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ def _continuing(config: Mapping, content: bundle.Bundle, output: Path) -> dict:
   return configs.resolve(config)
 
 
-def _card(content: bundle.Bundle, format: str, said: Mapping, notes: Sequence[str]) -> str:
+def _card(title: str, content: bundle.Bundle, format: str, said: Mapping, notes: Sequence) -> str:
   """README.md of an exported folder, with the front matter that the hub reads."""
   library = {'hf': 'transformers', 'peft': 'peft', 'adapterhub': 'adapter-transformers'}[format]
   machine = {name: str(value) for name, value in said.items()}
@@ -295,7 +295,5 @@ def _card(content: bundle.Bundle, format: str, said: Mapping, notes: Sequence[st
     'peft': 'PeftModel.from_pretrained(base, FOLDER)',
     'adapterhub': 'model.load_adapter(FOLDER, with_head=True)',
   }
-  card = bundle.card(
-    vars(content), title=content.base['name'], machine=machine, command=use[format]
-  )
+  card = bundle.card(vars(content), title=title, machine=machine, command=use[format])
   return '\n'.join(front) + card

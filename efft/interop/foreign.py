@@ -10,8 +10,10 @@ Conversions are exact or refused: every key of a source is used, stands at the o
 does nothing, or is named in the error.
 """
 
+import functools
 import json
 import re
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,13 +51,15 @@ class Adapter(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def parameters(cfg: EncoderConfig) -> dict[str, str]:
+@functools.cache
+def parameters(cfg: EncoderConfig) -> Mapping[str, str]:
   """{Hugging Face's name, with the model's prefix: path} of all parameters.
 
   {'bert.encoder.layer.0.output.dense.weight': 'params/layer_0/mlp/down/kernel', ...}
   """
   shapes = tree.flatten(jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)))
-  return {convert.hf_name(path, cfg, prefixed=True): f'params/{path}' for path in shapes}
+  names = {convert.hf_name(path, cfg, prefixed=True): f'params/{path}' for path in shapes}
+  return types.MappingProxyType(names)
 
 
 def modules(cfg: EncoderConfig) -> dict[str, str]:

@@ -24,7 +24,7 @@ class Names(NamedTuple):
     linears: those of `modules` that have a kernel and are no part of the head.
   """
 
-  parameters: dict[str, str]
+  parameters: Mapping[str, str]
   modules: dict[str, str]
   linears: tuple[str, ...]
 
@@ -33,16 +33,12 @@ class Names(NamedTuple):
 def names(cfg: EncoderConfig) -> Names:
   """The names of an encoder's parts; not to be changed."""
   parameters = foreign.parameters(cfg)
-  modules = {
-    name.rpartition('.')[0]: path.removeprefix('params/').rpartition('/')[0]
-    for name, path in parameters.items()
-  }
   linears = tuple(
     name.rpartition('.')[0]
     for name, path in parameters.items()
     if path.endswith('/kernel') and not path.startswith('params/head/')
   )
-  return Names(parameters, modules, linears)
+  return Names(parameters, foreign.modules(cfg), linears)
 
 
 def selected(config: foreign.Keys, eligible: Iterable[str], saved: Collection[str]) -> list[str]:
