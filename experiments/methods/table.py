@@ -1,8 +1,11 @@
 """Markdown table of records.jsonl: every config's score on the half that chose nothing.
 
+Speed is that of a config's fastest run, because others may have had to share their core.
+
 python experiments/methods/table.py [--steps=400]
 """
 
+import math
 import statistics
 from pathlib import Path
 
@@ -19,17 +22,21 @@ SEEDS = (0, 1, 2)
 def final(records: list[dict]) -> dict:
   """{(config, task): its records at the learning rate of its family, by seed}.
 
-  Of a config that searched for its family, the factor is the one that seeds 1 and 2 have.
+  Of a config that searched for its family, the factor is what was best on the half that chooses.
   """
   cells: dict = {}
   for record in records:
     cells.setdefault((record['config'], record['task']), []).append(record)
+
+  def rank(record):
+    score = record['chosen']
+    return (-math.inf, -math.inf) if score is None else (score, -record['chosen_loss'])
+
   out = {}
   for key, found in cells.items():
-    factors = {r['factor'] for r in found if r['seed'] > 0}
-    kept = {r['seed']: r for r in found if r['factor'] in factors}
-    if kept:
-      out[key] = [kept[seed] for seed in sorted(kept)]
+    best = max((r for r in found if r['seed'] == 0), key=rank)['factor']
+    kept = {r['seed']: r for r in found if r['factor'] == best}
+    out[key] = [kept[seed] for seed in sorted(kept)]
   return out
 
 
@@ -38,7 +45,7 @@ def score(records: list[dict]) -> str:
   if not values:
     return records[0].get('error', 'not a number')[:40]
   spread = statistics.stdev(values) if len(values) > 1 else 0.0
-  missing = '' if len(values) == len(SEEDS) else f' ({len(values)} seeds)'
+  missing = '' if len(values) == len(SEEDS) else f' ({len(values)} of {len(SEEDS)} seeds)'
   return f'{statistics.mean(values):.1f} ± {spread:.1f}{missing}'
 
 
@@ -60,7 +67,7 @@ def main(argv):
       [f'{costs[name]["trained"]:,}', f'{costs[name]["stored"]:,}'] if name in costs else ['-'] * 2
     )
     row += [
-      f'{statistics.median(speed):.0f}' if speed else '-',
+      f'{max(speed):.0f}' if speed else '-',
       f'{max(peak):.0f}' if peak else '-',
     ]
     print('| ' + ' | '.join(row) + ' |')
