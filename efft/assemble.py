@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from efft import config as configs
-from efft import files, starting, transfer, tree
+from efft import files, quantize, starting, transfer, tree
 from efft.data import batches, packages, sources, tokens
 from efft.errors import InputError
 from efft.models import hub
 from efft.models.encoder import Encoder, EncoderConfig
 from efft.models.layers import Hooks
 from efft.peft import base as peft
+from efft.qtensor import QTensor
 from efft.training import step
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -54,6 +55,7 @@ def variables(
   key,
   encoded: tokens.Encoded | None = None,
   inherit: Callable = lambda values: values,
+  forms=(),
 ) -> dict:
   """{'params': ..., 'delta': ...} at the start of training; no 'delta' where there is none.
 
@@ -63,14 +65,25 @@ def variables(
     key: of the deltas' random numbers.
     encoded: the training split, which some deltas look at.
     inherit: from these variables to those with what other runs have trained.
+    forms: config.model.quantize. Deltas begin beside the quantised weights, but for those that take
+      a part of the weights over: what they leave is quantised.
   """
+  takes_over = peft.has(net.deltas, 'rebase')
+  if takes_over and quantize.held({'params': params}):
+    raise InputError(
+      'config.model.name', 'quantised matrices', f'float ones, of which {", ".join(net.deltas)} '
+      'takes over a part', 'start from the float model, with config.model.quantize',
+    )  # fmt: skip
+  if not takes_over:
+    params = quantize.quantized({'params': params}, forms)['params']
   wanted = peft.examples(net.deltas)
   batch = batches.Batches(encoded, wanted, seed=0).batch(0) if wanted else None
   delta = peft.init(net.model, net.deltas, params, key, batch)
   values = inherit({'params': params, 'delta': delta} if delta else {'params': params})
-  if not delta:
+  if not takes_over:
     return values
-  return {**values, 'params': peft.rebase(net.deltas, values['params'], values['delta'])}
+  params = peft.rebase(net.deltas, values['params'], values['delta'])
+  return quantize.quantized({**values, 'params': params}, forms)
 
 
 def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
@@ -123,8 +136,17 @@ class Partition:
 
 
 def partition(values: Mapping, rules) -> Partition:
-  """Rules -> labels -> what trains and what does not; integers never do."""
+  """Rules -> labels -> what trains and what does not; integers never do.
+
+  Raises InputError for rules as `tree.labels`, and for those that train a quantised matrix.
+  """
   groups, flat = tree.labels(values, rules), tree.flatten(values)
+  for path, group in groups.items():
+    if group != 'frozen' and isinstance(flat[path], QTensor):
+      raise InputError(
+        'config.rules', f'{path} in group {group!r}, and held in {flat[path].codes}',
+        "'frozen' for what is quantised", 'train a delta beside it, or leave model.quantize empty',
+      )  # fmt: skip
   groups = {
     path: group
     for path, group in groups.items()
@@ -183,7 +205,7 @@ def prepare(config) -> Job:
       head=data.labels if model['head'] == 'keep' else None, pooling=base.cfg.pooling,
     )  # fmt: skip
 
-  values = variables(net, base.params, delta_key, encoded['train'], inherit)
+  values = variables(net, base.params, delta_key, encoded['train'], inherit, model['quantize'])
   if delta := starting.taken_over(found, net.deltas, config['method'], values.get('delta', {})):
     values = {**values, 'delta': delta}
   if net.deltas:

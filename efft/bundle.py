@@ -2,7 +2,8 @@
 
     bundle.json           what follows, in words: encoder, method, labels, base, metrics, digests
     weights.safetensors   leaves by path ('params/head/out/kernel', 'delta/layer_0/...'): float32,
-                          integers, and what `efft.compact` makes of masks and sparse changes
+                          integers, and what `efft.compact` makes of masks, sparse changes and
+                          matrices in few bits
     tokenizer.json        the fast tokenizer, as `tokenizers` reads it
 
 A bundle appears whole or not at all, and is verified before anything of it is used. Nothing in it
@@ -21,8 +22,9 @@ import safetensors.numpy
 
 from efft import compact, files
 from efft.errors import Diverged, InputError
+from efft.qtensor import QTensor
 
-VERSION = 2
+VERSION = 3
 _ABOUT, _WEIGHTS, _TOKENIZER = 'bundle.json', 'weights.safetensors', 'tokenizer.json'
 
 
@@ -30,7 +32,7 @@ _ABOUT, _WEIGHTS, _TOKENIZER = 'bundle.json', 'weights.safetensors', 'tokenizer.
 class Bundle:
   """What a bundle folder holds. All but the leaves and the tokenizer is JSON."""
 
-  # path -> array or compact.Sparse: all that was trained, and head and delta
+  # path -> array, compact.Sparse or QTensor: all that was trained, and head and delta
   leaves: dict[str, Any]
   tokenizer: str  # the text of tokenizer.json
   encoder: dict[str, Any]  # EncoderConfig.to_dict()
@@ -46,6 +48,8 @@ class Bundle:
   needs_base: bool  # False where the leaves are the whole model
   metrics: dict[str, float]
   versions: dict[str, str]  # of the packages that made it
+  # (path regex, format): what the numbers of the base are held in, see `efft.quantize`
+  quantize: tuple[tuple[str, str], ...] = ()
 
 
 def save(folder: str | Path, bundle: Bundle) -> None:
@@ -55,7 +59,7 @@ def save(folder: str | Path, bundle: Bundle) -> None:
   """
   leaves = {path: _storable(x) for path, x in sorted(bundle.leaves.items())}
   for path, leaf in leaves.items():
-    if not np.isfinite(leaf.values if isinstance(leaf, compact.Sparse) else leaf).all():
+    if not _finite(leaf):
       raise Diverged(f'{folder}: {path} is not finite; nothing was published')
   about = {f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle)}
   del about['leaves'], about['tokenizer']
@@ -64,7 +68,7 @@ def save(folder: str | Path, bundle: Bundle) -> None:
     (temp / _TOKENIZER).write_text(bundle.tokenizer, encoding='utf-8')
     about |= {
       'version': VERSION,
-      'leaves': {path: list(leaf.shape) for path, leaf in leaves.items()},
+      'leaves': compact.described(leaves),
       'files': files.digests(temp),
     }
     about = json.loads(files.to_json(about))
@@ -93,6 +97,7 @@ def load(folder: str | Path) -> Bundle:
       'leaves': leaves,
       'tokenizer': (folder / _TOKENIZER).read_text(encoding='utf-8'),
       'rules': tuple(map(tuple, about['rules'])),
+      'quantize': tuple(map(tuple, about['quantize'])),
       'labels': tuple(about['labels']),
     }
   )
@@ -187,7 +192,15 @@ def identity(folder: str | Path) -> str:
   return _digest({'weights': about['files'][_WEIGHTS], 'encoder': about['encoder']})
 
 
+def _finite(x) -> bool:
+  if isinstance(x, QTensor):
+    return x.finite
+  return bool(np.isfinite(x.values if isinstance(x, compact.Sparse) else x).all())
+
+
 def _storable(x):
+  if isinstance(x, QTensor):
+    return dataclasses.replace(x, **{name: np.asarray(p) for name, p in x.parts().items()})
   if isinstance(x, compact.Sparse):
     return x
   x = np.asarray(x, order='C')

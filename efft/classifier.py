@@ -54,7 +54,7 @@ class Classifier:
     cfg = EncoderConfig.from_dict(content.encoder)
     net = assemble.network(cfg, content.method, content.dtype)
     params = starting.pretrained(content) if content.needs_base else {}
-    variables = transfer.restored(net.deltas, content.leaves, params)
+    variables = transfer.restored(net.deltas, content.leaves, params, content.quantize)
     expected = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
     if difference := tree.diff(expected, variables['params']):
       raise InputError(

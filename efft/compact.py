@@ -1,4 +1,4 @@
-"""Leaves as a bundle stores them: what differs from the base, and a bit for a yes or no.
+"""Leaves as a bundle stores them: what differs from the base, a bit for a yes or no, few for many.
 
 A mask that lets 0.5 % of an encoder train changes 0.5 % of its numbers, and only those are worth
 the disk: the flat indices and values of what differs, where that takes less than the whole leaf.
@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# After a leaf's path in the file; no path holds a '#'.
+from efft.qtensor import QTensor
+
+# After a leaf's path in the file; no path holds a '#'. A QTensor's parts have their own names.
 _BITS, _INDEX, _VALUES = '#bits', '#index', '#values'
 
 
@@ -34,10 +36,13 @@ def compact(leaves: Mapping, base: Mapping) -> dict:
     leaves: {path: array}; float32 ones may become sparse.
     base: {path: array} of the pretrained leaves; others below 'params/' (a head) stay whole.
   """
-  return {path: _compact(path, np.asarray(x), base) for path, x in leaves.items()}
+  return {path: _compact(path, x, base) for path, x in leaves.items()}
 
 
-def _compact(path: str, x: np.ndarray, base: Mapping):
+def _compact(path: str, x, base: Mapping):
+  if isinstance(x, QTensor):
+    return x
+  x = np.asarray(x)
   if x.dtype != np.float32 or (path.startswith('params/') and path not in base):
     return x
   rest = np.asarray(base[path], np.float32) if path in base else np.zeros_like(x)
@@ -55,7 +60,9 @@ def whole(leaves: Mapping, base: Mapping) -> dict[str, np.ndarray]:
   return {path: _whole(path, x, base) for path, x in leaves.items()}
 
 
-def _whole(path: str, x, base: Mapping) -> np.ndarray:
+def _whole(path: str, x, base: Mapping):
+  if isinstance(x, QTensor):
+    return x
   if not isinstance(x, Sparse):
     return x.astype(np.float32) if x.dtype == bool else x
   if path.startswith('params/'):
@@ -67,10 +74,12 @@ def _whole(path: str, x, base: Mapping) -> np.ndarray:
 
 
 def encode(leaves: Mapping) -> dict[str, np.ndarray]:
-  """{name: array} for a file that knows no bits and no sparse arrays."""
+  """{name: array} for a file that knows no bits, no sparse and no quantised arrays."""
   out = {}
   for path, x in leaves.items():
-    if isinstance(x, Sparse):
+    if isinstance(x, QTensor):
+      out |= {f'{path}#{name}': part for name, part in x.parts().items()}
+    elif isinstance(x, Sparse):
       out |= {path + _INDEX: x.index, path + _VALUES: x.values}
     elif x.dtype == bool:
       out[path + _BITS] = np.packbits(x)
@@ -79,10 +88,18 @@ def encode(leaves: Mapping) -> dict[str, np.ndarray]:
   return out
 
 
+def described(leaves: Mapping) -> dict:
+  """{path: shape, or a QTensor's `kind`}: what `decode` needs beside the arrays."""
+  return {p: x.kind() if isinstance(x, QTensor) else list(x.shape) for p, x in leaves.items()}
+
+
 def decode(arrays: Mapping, shapes: Mapping) -> dict:
-  """The inverse of `encode`, given {path: shape}. Raises ValueError where the two do not fit."""
+  """The inverse of `encode`, given `described`. Raises ValueError where the two do not fit."""
   out, left = {}, dict(arrays)
   for path, shape in shapes.items():
+    if isinstance(shape, Mapping):
+      out[path] = _quantized(path, shape, left)
+      continue
     size = int(np.prod(shape))
     if path in left:
       out[path] = left.pop(path)
@@ -103,8 +120,21 @@ def decode(arrays: Mapping, shapes: Mapping) -> dict:
   return out
 
 
+def _quantized(path: str, kind: Mapping, left: dict) -> QTensor:
+  own = [name for name in left if name.startswith(path + '#')]
+  parts = {name.partition('#')[2]: left.pop(name) for name in own}
+  try:
+    made = QTensor(**parts, **{**kind, 'shape': tuple(kind['shape'])})
+    made.check()
+  except (TypeError, ValueError, KeyError):
+    raise ValueError(path) from None
+  return made
+
+
 def nbytes(x) -> int:
   """What a leaf, or its shape and type, takes in a bundle."""
+  if isinstance(x, QTensor):
+    return x.nbytes
   if isinstance(x, Sparse):
     return x.index.nbytes + x.values.nbytes
   size = int(np.prod(x.shape))

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from efft.qtensor import FORMATS
+
 
 class Check(NamedTuple):
   """What a field accepts: the words for the error, the test, and the canonical form."""
@@ -102,6 +104,9 @@ PAIRS = Check(
   lambda x: _is_pairs(x) and len(x) > 0,
   lambda x: [list(pair) for pair in x],
 )
+FORMS = Check(
+  'a list of (path regex, format) pairs', _is_rules, lambda x: [list(rule) for rule in x], tuple
+)
 TRACKERS = sequence(choice('tensorboard', 'wandb'), 'a list of tensorboard, wandb')
 FULL = (('params/head/.*', 'head'), ('params/.*', 'encoder'))
 
@@ -135,6 +140,11 @@ FIELDS = {
   ),
   'model.max_length': Field(128, integer(3), 'tokens; longer texts are cut and counted'),
   'model.dtype': Field('float32', choice('float32', 'bfloat16'), 'of the computation'),
+  'model.quantize': Field(
+    (),
+    either(choice(*FORMATS), FORMS),
+    'what frozen matrices are held in: a format of `efft methods`, or (path regex, format) pairs',
+  ),
   'model.remat': Field(False, SWITCH, 'recompute layers in the backward pass to save memory'),
   'model.dropout': Field(None, optional(real(0, 1)), "None: the checkpoint's own"),
   'method': Field({}, TABLE, "{name: {'fn': 'lora.lora', option: value}}, acting in order of name"),

@@ -20,6 +20,7 @@ from efft import (
   files,
   mesh,
   progress,
+  quantize,
   teacher,
   trackers,
   transfer,
@@ -250,6 +251,7 @@ def _announce(job: Job) -> list[str]:
     *(f'note: {note}' for note in job.data.notes),
     *(f'note: {name}: {note}' for name, e in job.encoded.items() for note in e.notes),
     f'model {job.base.name}: {job.base.cfg.architecture}, {job.base.cfg.pooling} pooling',
+    *quantize.summary(job.variables),
     f'trainable params: {trained:,} || all params: {everything:,} '
     f'|| trainable%: {100 * trained / everything:.4f}',
     *(['note: this processor has no bfloat16 instructions: float32 is faster'] if slow else []),
@@ -291,8 +293,14 @@ def _publish(job: Job, leaves: dict, fit: loop.Fit, workdir: Path) -> None:
     base={'name': job.base.name, 'path': str(job.base.folder), 'sha256': job.base.sha256},
     metrics=fit.metrics,
     versions=environment.versions(),
+    quantize=_held_in(job),
   )
   bundle.save(workdir / 'bundle', content)
+
+
+def _held_in(job: Job) -> tuple[tuple[str, str], ...]:
+  """config.model.quantize for the bundle."""
+  return quantize.rules(job.config['model']['quantize'])
 
 
 def _card(job: Job, results: dict, workdir: Path) -> str:

@@ -80,11 +80,11 @@ def merged(content: bundle.Bundle) -> bundle.Bundle:
   """
   deltas = peft.build(content.method)
   params = starting.pretrained(content) if content.needs_base else {}
-  variables = transfer.restored(deltas, content.leaves, params)
+  variables = transfer.restored(deltas, content.leaves, params, content.quantize)
   params = peft.merge(deltas, variables['params'], variables.get('delta', {}))
   return dataclasses.replace(
     content, leaves=tree.flatten({'params': jax.device_get(params)}), method={}, rules=FULL,
-    needs_base=False, versions=environment.versions(),
+    needs_base=False, quantize=(), versions=environment.versions(),
   )  # fmt: skip
 
 

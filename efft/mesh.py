@@ -111,5 +111,9 @@ def gather(x) -> np.ndarray:
 def _to_device(x, sharding: NamedSharding):
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
-  x = np.asarray(x)
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(put, x)  # a QTensor has parts

@@ -238,7 +238,7 @@ def _shrink(
     content = merging.merged(content)
   cfg = EncoderConfig.from_dict(content.encoder)
   net = assemble.network(cfg, content.method, 'float32')
-  variables = transfer.restored(net.deltas, content.leaves, {})
+  variables = transfer.restored(net.deltas, content.leaves, {}, content.quantize)
   data = assemble.own_task(run, content.labels)
   if data is None:
     raise InputError(str(run), 'no config.json, so no task', 'a run that knows its task', 'name it')
@@ -283,10 +283,11 @@ def alone(content: bundle.Bundle) -> bundle.Bundle:
   if not content.needs_base:
     return content
   deltas = peft.build(content.method)
-  variables = transfer.restored(deltas, content.leaves, starting.pretrained(content))
+  params = starting.pretrained(content)
+  variables = transfer.restored(deltas, content.leaves, params, content.quantize)
   leaves = tree.flatten(jax.device_get(variables))
   own = {path: x for path, x in content.leaves.items() if path.startswith('delta/')}
-  return dataclasses.replace(content, leaves={**leaves, **own}, needs_base=False)
+  return dataclasses.replace(content, leaves={**leaves, **own}, needs_base=False, quantize=())
 
 
 def _judged(folder: Path, before: Path | None, known) -> tuple[dict, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efft import bundle, compact, tree
+from efft import bundle, compact, quantize, tree
 from efft.errors import InputError
 from efft.peft import base as peft
 
@@ -47,10 +47,15 @@ def needs_base(leaves: Mapping, variables: Mapping) -> bool:
   return any(isinstance(leaves.get(path), compact.Sparse | None) for path in paths)
 
 
-def restored(deltas: peft.Deltas, leaves: Mapping, params: Mapping) -> dict:
-  """The variables of a bundle's leaves beside the checkpoint's `params`: undoes `handed_on`."""
+def restored(deltas: peft.Deltas, leaves: Mapping, params: Mapping, forms=()) -> dict:
+  """The variables of a bundle's leaves beside the checkpoint's `params`: undoes `handed_on`.
+
+  `forms` is the bundle's `quantize`.
+  """
   flat = beside(deltas, params, _delta(leaves))
-  return tree.unflatten({**flat, **compact.whole(leaves, flat)})
+  flat |= compact.whole(leaves, flat)
+  values = tree.unflatten(flat)
+  return quantize.quantized(values, forms) if params else values
 
 
 def beside(deltas: peft.Deltas, params: Mapping, delta: Mapping) -> dict:

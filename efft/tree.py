@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from efft.errors import InputError
+from efft.qtensor import QTensor
 
 Rules = Sequence[tuple[str, str]]
 
@@ -63,13 +64,16 @@ def map_paths(fn: Callable, tree: Mapping) -> dict:
   return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def labels(tree: Mapping, rules: Rules, where: str = 'config.rules') -> dict[str, str]:
+def labels(
+  tree: Mapping, rules: Rules, where: str = 'config.rules', default: str | None = None
+) -> dict[str, str]:
   """Assigns each path of `tree` the group of the first rule whose regex matches all of it.
 
   Args:
     tree: the variables, {'params': ..., 'delta': ...}.
     rules: ordered (path regex, group) pairs.
     where: how errors name the rules.
+    default: the group of paths that no rule covers; None: there must not be any.
 
   Returns:
     {path: group}, covering every path.
@@ -87,6 +91,8 @@ def labels(tree: Mapping, rules: Rules, where: str = 'config.rules') -> dict[str
   for path in flatten(tree):
     index = next((i for i, (p, _) in enumerate(compiled) if p.fullmatch(path)), None)
     if index is None:
+      if default is not None:
+        groups[path] = default
       continue
     groups[path] = compiled[index][1]
     used.add(index)
@@ -111,7 +117,8 @@ def labels(tree: Mapping, rules: Rules, where: str = 'config.rules') -> dict[str
 
 def count(tree: Mapping) -> int:
   """Number of parameters (elements, not leaves)."""
-  return sum(int(np.prod(np.shape(x), dtype=np.int64)) for x in jax.tree.leaves(tree))
+  leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QTensor))
+  return sum(int(np.prod(np.shape(x), dtype=np.int64)) for x in leaves)
 
 
 def nbytes(tree: Mapping) -> int:

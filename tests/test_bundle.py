@@ -115,7 +115,7 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
   'change, words',
   [
-    (lambda about: about.update(version=1), 'found bundle version 1, expected version 2'),
+    (lambda about: about.update(version=1), 'found bundle version 1, expected version 3'),
     (lambda about: about.pop('version'), 'found bundle version None'),
     (lambda about: about.pop('labels'), 'lacks labels'),
     (lambda about: about['files'].pop('tokenizer.json'), 'lists no tokenizer.json'),

@@ -12,9 +12,9 @@ import efft
 ROOT = Path(efft.__file__).parent
 # From the bottom up. Parts of one row know nothing of each other.
 LAYERS = (
-  {'errors', 'cpu'},
+  {'errors', 'cpu', 'qtensor'},
   {'files', 'tree', 'fields', 'functions', 'compact', 'arithmetic'},
-  {'config', 'data', 'progress', 'trackers'},
+  {'config', 'data', 'progress', 'trackers', 'quantize'},
   {'models', 'mesh', 'checkpoint', 'bundle'},
   {'peft'},
   {'training', 'transfer', 'interop', 'compress'},
@@ -40,6 +40,7 @@ WITHOUT_JAX = (
   'cpu',
   'files',
   'fields',
+  'qtensor',
   'functions',
   'compact',
   'config',

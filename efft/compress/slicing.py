@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efft import tree
+from efft import quantize, tree
 from efft.compress.base import Keep, closed, gated
 from efft.errors import InputError
 from efft.models.encoder import Encoder, EncoderConfig
@@ -76,6 +76,11 @@ def cut(
     InputError: indices that are not there, nothing left, deltas that cannot follow.
   """
   _check(cfg, keep)
+  if keep != Keep() and quantize.held(variables):
+    raise InputError(
+      'stages', 'an encoder of quantised matrices', 'a float one: prune first, then quantise',
+      'put the stage that prunes before the one that quantises',
+    )  # fmt: skip
   deltas = deltas or {}
   start, values = cfg, {name: dict(part) for name, part in variables.items()}
   if 'delta' in values and keep.hidden is not None:

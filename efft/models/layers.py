@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from efft.errors import InputError
-from efft.models import dots
+from efft.models import dots, quantized
+from efft.qtensor import QTensor
 
 
 def untouched(module: nn.Module, site: str, y, **context):
@@ -38,6 +39,7 @@ class Hooks:
 
   Attributes:
     dot_general: x [..., K], kernel [K, N] -> float32 [..., N], with `lax.dot_general`'s arguments.
+      The kernel may be a `efft.qtensor.QTensor`.
     tap: called as `tap(module, site, y, **context)` at each named value; returns the value that
       the model goes on with. `module.path` and `site` name the place: 'layer_0/mlp/act'.
 
@@ -60,7 +62,7 @@ class Hooks:
   `head/dense`, `head/out`, `embed/project`, where the architecture has them.
   """
 
-  dot_general: Callable = dots.dot_general
+  dot_general: Callable = quantized.dot_general
   tap: Callable = untouched
 
 
@@ -87,6 +89,12 @@ def dropout(module: nn.Module, x, rate: float):
   return dots.drop(x, dropout_seed(module, rate), rate)
 
 
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]):
+  """`module.param`; a QTensor as it is, whose parts linen would compare with the shape."""
+  value = module.variables.get('params', {}).get(name)
+  return value if isinstance(value, QTensor) else module.param(name, init, shape)
+
+
 class Linear(nn.Module):
   """x [..., K] -> [..., features]; accumulates in float32, returns x's type."""
 
@@ -98,7 +106,7 @@ class Linear(nn.Module):
   def __call__(self, x, mask=None):
     """`mask` goes to the tap, where x has an axis of tokens."""
     init = nn.initializers.normal(self.init_range)
-    w = self.param('kernel', init, (x.shape[-1], self.features))
+    w = parameter(self, 'kernel', init, (x.shape[-1], self.features))
     b = self.param('bias', nn.initializers.zeros, (self.features,))
     y = self.hooks.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
     y = self.hooks.tap(self, 'matmul', y, x=x, w=w, mask=mask)
@@ -115,8 +123,7 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self, index):
     init = nn.initializers.normal(self.init_range)
-    table = self.param('embedding', init, (self.rows, self.features))
-    return jnp.take(table, index, axis=0).astype(jnp.float32)
+    return quantized.rows(parameter(self, 'embedding', init, (self.rows, self.features)), index)
 
 
 def normalised(x, eps: float):

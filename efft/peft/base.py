@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from efft.errors import InputError
-from efft.models import dots
+from efft.models import dots, quantized
 from efft.models.layers import dropout
 from efft.peft.build import call
+from efft.tree import map_paths
 
 
 class Site(NamedTuple):
@@ -28,14 +29,16 @@ class Site(NamedTuple):
     path: 'layer_0/attention/query/matmul'.
     y: the value itself.
     x: input of the block or linear that made y.
-    w: the pretrained kernel [K, N] at 'matmul' sites, the word table [V, D] at 'embed/words'.
+    w: the pretrained kernel [K, N] at 'matmul' sites, the word table [V, D] at 'embed/words'; as
+      floats, where it is held in fewer bits.
     norm: the LayerNorm that follows, as a function, at '*_out' sites.
     ids: the token ids, at 'embed' sites.
     mask: bool [B, T], the real tokens, inside layers.
     features: the layers' inputs and last output, at 'output'.
     q: the queries [B, T, H, K], at 'attention/kv'.
     dropout: (x, rate) -> x; identity when evaluating.
-    contract: (x, w) -> float32 x w, the way the model multiplies with pretrained kernels.
+    contract: (x, w) -> float32 x w, the way the model multiplies with pretrained kernels: with
+      the integers, where w is this site's and held as integers.
   """
 
   path: str
@@ -110,16 +113,21 @@ def attach(deltas: Deltas) -> Callable:
   """The tap that lets named deltas act, in order, at the sites that they match."""
   parts = _parts(deltas)
 
-  def tap(module, site, y, **context):
+  def tap(module, site, y, w=None, **context):
     path = '/'.join((*module.path, site))
+    floats = quantized.dequantized(w)
+
+    def contract(x, matrix):
+      own = w if matrix is floats else matrix
+      return module.hooks.dot_general(x, own, (((x.ndim - 1,), (0,)), ((), ())))
+
     for name, delta in parts:
       if not re.fullmatch(delta.at, path):
         continue
       leaf = f'{site}_{name}'
       here = Site(
-        path, y, **context,
+        path, y, w=floats, contract=contract, **context,
         dropout=lambda x, rate: dropout(module, x, rate),
-        contract=lambda x, w: module.hooks.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))),
       )  # fmt: skip
       if module.is_mutable_collection('delta'):
         # Inits see the pretrained model: what they share and expand to does not exist yet.
@@ -196,9 +204,10 @@ def sites(model, params) -> dict[str, Site]:
   def shape(x):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
 
-  def record(module, site, y, norm=None, **context):
+  def record(module, site, y, norm=None, w=None, **context):
     path = '/'.join((*module.path, site))
-    found[path] = Site(path, shape(y), **{name: shape(x) for name, x in context.items()})
+    given = {name: shape(x) for name, x in context.items()}
+    found[path] = Site(path, shape(y), w=shape(jax.eval_shape(quantized.dequantized, w)), **given)
     return y
 
   plain = model.clone(hooks=type(model.hooks)(model.hooks.dot_general, record), remat=False)
@@ -278,7 +287,12 @@ def merge(deltas: Deltas, params: Mapping, tree: Mapping) -> dict:
       'keep the delta beside the base model',
     )
 
-  return _fold(deltas, params, expand(deltas, tree), 'merge')
+  return _fold(deltas, floats(params), expand(deltas, tree), 'merge')
+
+
+def floats(params: Mapping) -> dict:
+  """Parameters with all matrices in float32."""
+  return map_paths(lambda path, x: quantized.dequantized(x), params)
 
 
 def build(method: Mapping, package: str = 'efft.peft') -> dict[str, Delta | tuple[Delta, ...]]:
