@@ -47,6 +47,13 @@ def multiplies_bfloat16() -> bool:
   return bool(_flags() & {'avx512_bf16', 'amx_bf16', 'bf16'})
 
 
+def multiplies_int8() -> bool:
+  """Whether this processor has dot products of int8; without them integers are no faster."""
+  if sys.platform == 'darwin' and platform.machine() == 'arm64':
+    return True
+  return bool(_flags() & {'avx512_vnni', 'avx_vnni', 'amx_int8', 'asimddp', 'i8mm'})
+
+
 def _flags() -> set[str]:
   """Features of the processor as Linux names them; empty elsewhere."""
   try:

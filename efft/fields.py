@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from efft.qtensor import FORMATS
+from efft.formats import FORMATS
 
 
 class Check(NamedTuple):
@@ -143,7 +143,7 @@ FIELDS = {
   'model.quantize': Field(
     (),
     either(choice(*FORMATS), FORMS),
-    'what frozen matrices are held in: a format of `efft methods`, or (path regex, format) pairs',
+    'of frozen matrices: int8, ..., or (path regex, format) pairs',
   ),
   'model.remat': Field(False, SWITCH, 'recompute layers in the backward pass to save memory'),
   'model.dropout': Field(None, optional(real(0, 1)), "None: the checkpoint's own"),

@@ -31,10 +31,12 @@ from efft.assemble import Job
 from efft.data import batches
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
+from efft.models import quantized
 from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
+NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats, which are faster here'
 
 
 def train(config, workdir, *, resume: str = 'auto') -> dict:
@@ -246,6 +248,7 @@ def _announce(job: Job) -> list[str]:
   size = 3 * tree.nbytes(job.parts.trainable) / 1e6
   slow = job.config['model']['dtype'] == 'bfloat16' and jax.default_backend() == 'cpu'
   slow = slow and not cpu.multiplies_bfloat16()
+  plain = quantize.held(job.variables) and not quantized.integers()
   return [
     f'task {job.data.name}: {sizes}; labels {", ".join(job.data.labels) or "numbers"}',
     *(f'note: {note}' for note in job.data.notes),
@@ -255,6 +258,7 @@ def _announce(job: Job) -> list[str]:
     f'trainable params: {trained:,} || all params: {everything:,} '
     f'|| trainable%: {100 * trained / everything:.4f}',
     *(['note: this processor has no bfloat16 instructions: float32 is faster'] if slow else []),
+    *([f'note: {NO_INTEGERS}'] if plain else []),
     f'checkpoints: up to 3 of about {size:.1f} MB',
   ]
 

@@ -193,7 +193,8 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
       unpruned = before if not _pruned_yet(plan, name) else unpruned
       if not (folder / 'results.json').exists():
         goes_on = next((c['method'] for c, p in _later(plan, name) if p is None), None)
-        _shrink(config, prune, before, unpruned, folder, name, goes_on)
+        with progress.logs(workdir / 'compress.log'):
+          _shrink(config, prune, before, unpruned, folder, name, goes_on)
     file = folder / 'stage.json'
     if file.exists():
       row, known = files.read_json(file), None

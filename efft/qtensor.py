@@ -7,7 +7,7 @@ K inputs and N outputs of a kernel [K, N]; rows and features of a table of embed
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,32 +20,6 @@ NF4 = (
 )  # fmt: skip
 
 
-class Format(NamedTuple):
-  """How a matrix is held, and what is multiplied with it.
-
-  Attributes:
-    codes: 'int8', 'int4' (both symmetric) or 'nf4' (QLoRA's 16 quantiles).
-    inputs: what the other operand of a product becomes: 'float' (the matrix becomes float
-      instead), 'token' (int8, a scale for each token, from the token), 'static' (int8, ranges that
-      were calibrated).
-    block: how many numbers along K, or along a row of a table, share a scale; 0: all.
-    about: for the help.
-  """
-
-  codes: str
-  inputs: str
-  block: int
-  about: str
-
-
-FORMATS = {
-  'int8': Format('int8', 'token', 0, 'int8 products; a scale for each output and for each token'),
-  'int8_static': Format('int8', 'static', 0, 'int8 products; the ranges of inputs are calibrated'),
-  'int8_weight': Format('int8', 'float', 0, 'int8 in memory, float products'),
-  'int4': Format('int4', 'float', 32, '4 bits in memory, a scale for 32 numbers, float products'),
-  'nf4': Format('nf4', 'float', 64, "QLoRA's 4 bits in memory, a scale for 64 numbers"),
-}
-FLOAT = 'float'
 # The largest code; of int4 as of int8 the smallest is its negative.
 TOP = {'int8': 127, 'int4': 7}
 _PARTS = ('value', 'scale', 'smooth', 'order', 'x_scale', 'x_zero', 'sums')
@@ -62,14 +36,14 @@ class QTensor:
       output, [K / 32, N] in blocks, [rows, 1] for embeddings, [1, 1] for one scale.
     smooth: float32 [K], by which inputs are divided before they become integers, and by which the
       kernel was multiplied before it did (SmoothQuant); None: 1.
-    order: int32 [K], which of the inputs each row of `value` is for, where groups want another order
-      than the kernel's; None: the kernel's.
+    order: int32 [K], which of the inputs each row of `value` is for, where groups want another
+      order than the kernel's; None: the kernel's.
     x_scale: float32 [G], what a step of the inputs' integers is worth, for each of G groups of
       K / G inputs that follow each other; None unless inputs are 'static'.
     x_zero: int32 [G], the integer of 0 (asymmetric ranges, from -128 to 127); None: 0, and integers
       are from -127 to 127.
     sums: int32 [G, N], sums of `value` over each group, where there is an x_zero.
-    codes, inputs: as in `Format`.
+    codes, inputs: as in `efft.formats.Format`.
     shape: of the matrix.
     stochastic: whether the gradient of inputs is rounded at random, without bias.
   """
@@ -255,7 +229,7 @@ def dequantize(q: QTensor) -> np.ndarray:
   w = values * spread(np.asarray(q.scale), q.shape)
   if q.order is not None:
     w = w[np.argsort(q.order)]
-  return w if q.smooth is None else w / np.asarray(q.smooth)[:, None]
+  return w if q.smooth is None else w * (1 / np.asarray(q.smooth))[:, None]
 
 
 def spread(scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

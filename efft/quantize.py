@@ -17,7 +17,8 @@ import numpy as np
 
 from efft import tree
 from efft.errors import InputError, unknown
-from efft.qtensor import FLOAT, FORMATS, Format, QTensor, dequantize, quantize
+from efft.formats import FLOAT, FORMATS, Format
+from efft.qtensor import QTensor, dequantize, quantize
 
 WHERE = 'config.model.quantize'
 KERNELS = r'params/layer_\d+/(attention/(query|key|value|out)|mlp/(up|down))/kernel'

@@ -17,6 +17,8 @@ os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 CACHE = Path(tempfile.gettempdir()) / f'efft-tests-{os.getuid()}'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE / 'jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+# Integers are what the tests are about, on processors that are slow with them too.
+os.environ.setdefault('EFFT_INT8', 'always')
 # A test that reaches for the network is wrong, and should fail at once.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')

@@ -15,6 +15,9 @@ class Row(NamedTuple):
     options: of the config's only method, where they differ from the config's.
     slices: whether the trained delta follows when heads and units of the encoder go.
     still: regex of trained paths that one batch need not move, where the method says why.
+    tolerance: of logits that are the same but for the order of sums; larger where a number may then
+      be rounded to the integer beside.
+    int8: whether gradients are nearly the same over a base of int8 matrices.
   """
 
   config: str
@@ -24,6 +27,8 @@ class Row(NamedTuple):
   slices: bool = True
   options: dict = {}
   still: str = ''
+  tolerance: float = 2e-5
+  int8: bool = True
 
   def __str__(self):
     return '-'.join((self.config, *self.options))

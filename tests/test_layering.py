@@ -12,7 +12,7 @@ import efft
 ROOT = Path(efft.__file__).parent
 # From the bottom up. Parts of one row know nothing of each other.
 LAYERS = (
-  {'errors', 'cpu', 'qtensor'},
+  {'errors', 'cpu', 'formats', 'qtensor'},
   {'files', 'tree', 'fields', 'functions', 'compact', 'arithmetic'},
   {'config', 'data', 'progress', 'trackers', 'quantize'},
   {'models', 'mesh', 'checkpoint', 'bundle'},
@@ -40,6 +40,7 @@ WITHOUT_JAX = (
   'cpu',
   'files',
   'fields',
+  'formats',
   'qtensor',
   'functions',
   'compact',

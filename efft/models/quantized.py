@@ -4,12 +4,19 @@ An int8 product is int8 x int8 -> int32, forward and for the gradient of its inp
 gradient, so both products are written out (straight-through; Bengio et al. 2013,
 https://arxiv.org/abs/1308.3432). No gradient of the matrix exists. The integers are the same on
 every backend; what is done with them in float32 differs by its rounding.
+
+A processor without dot products of int8 multiplies the matrices as floats instead, which is faster
+there; EFFT_INT8=always or never overrides that.
 """
+
+import os
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efft import cpu
+from efft.errors import InputError
 from efft.models import dots
 from efft.qtensor import NF4, QTensor
 
@@ -28,6 +35,16 @@ def dot_general(x, w, dimension_numbers):
     raise ValueError(f'expected x [..., K] with w [K, N], found {dimension_numbers}')
   y = _product(x.reshape(-1, x.shape[-1]), w)
   return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def integers() -> bool:
+  """Whether products are of integers here."""
+  setting = os.environ.get('EFFT_INT8', 'auto')
+  if setting not in ('auto', 'always', 'never'):
+    raise InputError('EFFT_INT8', repr(setting), 'auto, always or never', 'correct it')
+  if setting != 'auto':
+    return setting == 'always'
+  return jax.default_backend() != 'cpu' or cpu.multiplies_int8()
 
 
 def rows(table, index):
@@ -54,7 +71,7 @@ def dequantized(w, dtype=jnp.float32):
   y = _numbers(w.value, w.codes) * scale
   if w.order is not None:
     y = y[jnp.argsort(w.order)]
-  return (y if w.smooth is None else y / w.smooth[:, None]).astype(dtype)
+  return (y if w.smooth is None else y * (1 / w.smooth)[:, None]).astype(dtype)
 
 
 def _numbers(value, codes: str):
@@ -63,18 +80,18 @@ def _numbers(value, codes: str):
     return value.astype(jnp.float32)
   value = jnp.concatenate([value & 15, value >> 4], -1)
   if codes == 'int4':
-    return value.astype(jnp.float32) - 8
+    return (value.astype(jnp.int8) - 8).astype(jnp.float32)
   return jnp.take(jnp.asarray(NF4, jnp.float32), value.astype(jnp.int32))
 
 
 @jax.custom_vjp
 def _product(x, w):
   """x [M, K] w -> float32 [M, N]."""
-  if w.inputs == 'float':
+  if w.inputs == 'float' or not integers():
     return dots.contract('mk,kn->mn', x, dequantized(w, x.dtype))
   x = x.astype(jnp.float32)
   if w.smooth is not None:
-    x = x / w.smooth
+    x = x * (1 / w.smooth)
   if w.inputs == 'token':
     q, step = per_row(x)
     return multiply(q, w.value).astype(jnp.float32) * (step * w.scale)
@@ -100,7 +117,7 @@ def _forward(x, w):
 
 def _backward(residuals, g):
   w, like = residuals
-  if w.inputs == 'float':
+  if w.inputs == 'float' or not integers():
     kernel = dequantized(w, like.dtype)
     return dots.contract('mn,kn->mk', g.astype(like.dtype), kernel).astype(like.dtype), None
   q, step = per_row(g.astype(jnp.float32) * w.scale, w.stochastic)
@@ -108,7 +125,7 @@ def _backward(residuals, g):
   if w.order is not None:
     dx = dx[:, jnp.argsort(w.order)]
   if w.smooth is not None:
-    dx = dx / w.smooth
+    dx = dx * (1 / w.smooth)
   return dx.astype(like.dtype), None
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from efft import quantize
 from efft.errors import InputError
 from efft.models import dots, quantized
 from efft.models.layers import dropout
@@ -355,6 +356,8 @@ def _fold(deltas: Deltas, params: Mapping, tree: Mapping, field: str) -> dict:
   """Each delta's function `field` over the modules that own its sites."""
   parts = [(name, delta) for name, delta in _parts(deltas) if getattr(delta, field) is not None]
 
+  rounded = {}  # module -> the delta that has made integers of a matrix in it
+
   def visit(params, tree, path):
     # Modules inside come first, as they do in the forward pass.
     out = {
@@ -365,7 +368,16 @@ def _fold(deltas: Deltas, params: Mapping, tree: Mapping, field: str) -> dict:
       for leaf, p in tree.items():
         site = leaf.removesuffix(f'_{name}')
         if site != leaf and re.fullmatch(delta.at, '/'.join((*path, site))):
+          within = {by for at, by in rounded.items() if at[: len(path)] == path and by != name}
+          if within:
+            raise InputError(
+              'merge', f'{name} at {"/".join(path)}, whose matrices {", ".join(within)} rounds',
+              'weights of floats to fold it into', 'put it inside of what is rounded (rank=), or '
+              'keep the deltas beside the base model',
+            )  # fmt: skip
           out = getattr(delta, field)(p, out)
+          if field == 'merge' and quantize.held(out):
+            rounded.setdefault(path, name)
     return out
 
   return visit(params, tree, ())

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 from efft.peft.base import Delta, product
 from efft.peft.lora import lora
 from efft.peft.updates import QUERY_VALUE, kernel_shape
+from efft.qtensor import NF4
 
 FAMILY = 'low rank'  # in `efft methods`
-
-# Quantiles of the normal distribution in [-1, 1], with an exact zero (QLoRA's table).
-NF4 = (
-  -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-  -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-  0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-  0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 def pissa(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, at: str = QUERY_VALUE) -> Delta:

@@ -103,7 +103,9 @@ def learning(name: str, strength: float) -> dict:
 def settings(task: str, seed: int, stages: dict):
   given = config.default(f'task={task}')
   with given.unlocked():
-    given.task.name = task if task == 'r8' else str(Path(DATA.value) / task)
+    given.task.name = task
+    if task != 'r8':
+      given.task.path = str(Path(DATA.value) / task)
     given.model.name, given.model.max_length = MODEL.value, LENGTH[task]
     given.seed, given.stages = seed, stages
     given.optim.lr, given.train.batch_size = 1e-4, BATCH

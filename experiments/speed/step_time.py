@@ -18,15 +18,14 @@ cpu.keep_heap()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from sizes import SIZES, encoder  # noqa: E402
 
 from efft import config as configs  # noqa: E402
-from efft import tree  # noqa: E402
-from efft.models.encoder import Encoder, EncoderConfig, init_params  # noqa: E402
+from efft import quantize, tree  # noqa: E402
+from efft.models.encoder import Encoder, init_params  # noqa: E402
 from efft.models.layers import Hooks  # noqa: E402
 from efft.peft import base as peft  # noqa: E402
 from efft.training import losses, optim, step  # noqa: E402
-
-SIZES = {'base': (768, 12, 12, 3072), 'mini': (384, 6, 12, 1536), 'large': (1024, 24, 16, 4096)}
 
 METHOD = flags.DEFINE_string('method', 'lora', 'a file of configs/')
 PRECISION = flags.DEFINE_enum('precision', 'bf16', ['f32', 'bf16'], 'of the computation')
@@ -35,19 +34,19 @@ BATCH = flags.DEFINE_integer('batch', 16, 'rows')
 LENGTH = flags.DEFINE_integer('length', 128, 'tokens')
 STEPS = flags.DEFINE_integer('steps', 6, 'timed steps')
 WARMUP = flags.DEFINE_integer('warmup', 5, 'steps before')
+QUANTIZE = flags.DEFINE_string('quantize', '', 'config.model.quantize: int8, nf4, ...')
 REMAT = flags.DEFINE_bool('remat', False, 'recompute layers in the backward pass')
 
 
 def main(argv):
-  hidden, layers, heads, mlp = SIZES[SIZE.value]
-  cfg = EncoderConfig(
-    'bert', 30522, hidden, (heads,) * layers, hidden // heads, (mlp,) * layers, 512, 2, hidden
-  )
+  cfg = encoder(SIZE.value)
   config = configs.resolve(configs.load(f'configs/{METHOD.value}.py:task=sst2'))
   dtype = {'f32': jnp.float32, 'bf16': jnp.bfloat16}[PRECISION.value]
   deltas = peft.build(config['method'])
   model = Encoder(cfg, Hooks(tap=peft.attach(deltas)), dtype, REMAT.value)
   params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+  forms = QUANTIZE.value or config['model']['quantize']
+  params = quantize.quantized({'params': params}, forms)['params']
   variables = {'params': params, 'delta': peft.init(model, deltas, params, jax.random.key(1))}
   variables = {name: value for name, value in variables.items() if value}
   groups = tree.labels(variables, config['rules'])
@@ -85,6 +84,7 @@ def main(argv):
       {
         'method': METHOD.value,
         'precision': PRECISION.value,
+        'quantize': QUANTIZE.value,
         'size': SIZE.value,
         'batch': BATCH.value,
         'length': LENGTH.value,

@@ -1,0 +1,31 @@
+"""The formats that a matrix may be held in. A table of names: nothing is imported for it."""
+
+from typing import NamedTuple
+
+
+class Format(NamedTuple):
+  """How a matrix is held, and what is multiplied with it.
+
+  Attributes:
+    codes: 'int8', 'int4' (both symmetric) or 'nf4' (QLoRA's 16 quantiles).
+    inputs: what the other operand of a product becomes: 'float' (the matrix becomes float
+      instead), 'token' (int8, a scale for each token, from the token), 'static' (int8, ranges that
+      were calibrated).
+    block: how many numbers along K, or along a row of a table, share a scale; 0: all.
+    about: for the help.
+  """
+
+  codes: str
+  inputs: str
+  block: int
+  about: str
+
+
+FORMATS = {
+  'int8': Format('int8', 'token', 0, 'int8 products; a scale for each output and for each token'),
+  'int8_static': Format('int8', 'static', 0, 'int8 products; the ranges of inputs are calibrated'),
+  'int8_weight': Format('int8', 'float', 0, 'int8 in memory, float products'),
+  'int4': Format('int4', 'float', 32, '4 bits in memory, a scale for 32 numbers, float products'),
+  'nf4': Format('nf4', 'float', 64, "QLoRA's 4 bits in memory, a scale for 64 numbers"),
+}
+FLOAT = 'float'
