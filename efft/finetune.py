@@ -36,7 +36,7 @@ from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
-NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats, which are faster here'
+NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
 
 def train(config, workdir, *, resume: str = 'auto') -> dict:

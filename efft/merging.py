@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from efft import assemble, bundle, environment, files, starting, transfer, tree
+from efft import assemble, bundle, environment, files, quantize, starting, transfer, tree
 from efft import config as configs
 from efft.classifier import Classifier
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
-from efft.fields import FULL
 from efft.models import hub
 from efft.peft import base as peft
 from efft.training import losses
@@ -60,7 +59,8 @@ def merge(
     if (run / 'config.json').exists():
       config = files.read_json(run / 'config.json')
       # What remains is full fine-tuning, at its own rate.
-      config |= {'method': {}, 'rules': FULL, 'optim': {}}
+      config |= {'method': {}, 'rules': whole.rules, 'optim': {}}
+      config['model']['quantize'] = ()
       files.write_json(temp / 'config.json', configs.resolve(config))
     files.write_json(temp / 'results.json', results)
     card = bundle.card(
@@ -82,8 +82,9 @@ def merged(content: bundle.Bundle) -> bundle.Bundle:
   params = starting.pretrained(content) if content.needs_base else {}
   variables = transfer.restored(deltas, content.leaves, params, content.quantize)
   params = peft.merge(deltas, variables['params'], variables.get('delta', {}))
+  rules = tuple(map(tuple, quantize.beside({'params': params})))
   return dataclasses.replace(
-    content, leaves=tree.flatten({'params': jax.device_get(params)}), method={}, rules=FULL,
+    content, leaves=tree.flatten({'params': jax.device_get(params)}), method={}, rules=rules,
     needs_base=False, quantize=(), versions=environment.versions(),
   )  # fmt: skip
 

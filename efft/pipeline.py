@@ -26,6 +26,7 @@ from efft import (
   finetune,
   merging,
   progress,
+  quantize,
   starting,
   transfer,
   tree,
@@ -266,9 +267,11 @@ def _shrink(
   cfg, values = slicing.cut(cfg, values, smaller.keep, deltas)
   with files.atomic_folder(folder) as temp:
     method, rules = ({}, FULL) if folded else (content.method, content.rules)
+    if not method and quantize.held(values):
+      rules = quantize.beside(values)
     content = dataclasses.replace(
       content, encoder=cfg.to_dict(), leaves=tree.flatten(jax.device_get(values)), method=method,
-      rules=rules, tokenizer=smaller.tokenizer or content.tokenizer, metrics={},
+      rules=tuple(map(tuple, rules)), tokenizer=smaller.tokenizer or content.tokenizer, metrics={},
       versions=environment.versions(),
     )  # fmt: skip
     bundle.save(temp / 'bundle', content)

@@ -113,6 +113,19 @@ def held(values: Mapping) -> bool:
   return any(isinstance(x, QTensor) for x in tree.flatten(values).values())
 
 
+def beside(values: Mapping) -> list[list[str]]:
+  """config.rules that train the head and all that is not held in a format."""
+  flat = tree.flatten({'params': values['params']})
+  own = {path for path, x in flat.items() if isinstance(x, QTensor)}
+  rules = {}
+  for path in own:
+    pattern = re.sub(r'layer_\d+', r'layer_\\d+', re.escape(path))
+    alike = {other for other in flat if re.fullmatch(pattern, other)}
+    rules[pattern if alike <= own else re.escape(path)] = 'frozen'
+  held_rules = [[pattern, group] for pattern, group in sorted(rules.items())]
+  return [['params/head/.*', 'head'], *held_rules, ['params/.*', 'encoder']]
+
+
 def summary(values: Mapping) -> list[str]:
   """A line for each kind of place and its format, and one for the size of all of them."""
   kinds, sizes = {}, [0, 0]

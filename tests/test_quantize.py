@@ -195,7 +195,7 @@ def test_stages_quantise_train_beside_it_merge_and_quantise_again(data, tmp_path
   given = config.load(f'configs/full.py:task={data},model={BERT},text=review,label=verdict')
   with given.unlocked():
     given.model.max_length, given.train.batch_size, given.mesh.devices = 24, 8, 2
-    given.optim.lr, given.train.epochs = 1e-3, 1.0
+    given.optim.lr, given.train.epochs = 1e-2, 3.0
     given.stages = {
       's1_tune': {},
       's2_heads': {'fn': 'prune.heads', 'share': 0.5, 'score': 'magnitude'},
