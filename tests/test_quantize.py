@@ -13,6 +13,7 @@ from efft import (
   bundle,
   compact,
   config,
+  exchange,
   files,
   main,
   merging,
@@ -26,6 +27,7 @@ from efft import (
 from efft.classifier import Classifier
 from efft.errors import InputError
 from efft.formats import FORMATS
+from efft.models.encoder import EncoderConfig
 from efft.qtensor import QTensor
 
 VALUES = {'params': tiny.params()}
@@ -228,6 +230,25 @@ def test_stages_quantise_train_beside_it_merge_and_quantise_again(data, tmp_path
   ]  # fmt: skip
   with pytest.raises(InputError, match='prune first, then quantise'):
     pipeline.compress(tmp_path / 'run', given_again(data), tmp_path / 'again')
+
+
+def test_pruned_int8_and_lora_are_one_config(data, tmp_path):
+  arg = f'configs/prune_lora_int8.py:task={data},model={BERT},text=review,label=verdict'
+  options = [f'--workdir={tmp_path}/run', *SMALL, '--config.train.epochs=4.0']
+  options += [f'--config.stages.s{n}.examples=16' for n in ('2_heads', '3_units', '5_int8')]
+  options += ['--config.stages.s1_tune.optim.lr=1e-2']
+  assert main.main(['train', f'--config={arg}', *options]) == 0
+  content = bundle.load(tmp_path / 'run')
+  cfg = EncoderConfig.from_dict(content.encoder)
+  assert sum(cfg.mlp) == 64 and sum(cfg.heads) == 5 and cfg.vocab_size < 150
+  assert held(content.leaves) and content.method and not content.needs_base
+  assert [r['label'] for r in run.predict(tmp_path / 'run', [*GOOD, *BAD])] == [
+    'liked', 'liked', 'hated', 'hated',
+  ]  # fmt: skip
+  with pytest.raises(InputError, match='tolerance'):
+    exchange.export(tmp_path / 'run', tmp_path / 'strict', tolerance=1e-9)
+  exchange.export(tmp_path / 'run', tmp_path / 'hf', tolerance=1.0)
+  assert (tmp_path / 'hf' / 'model.safetensors').exists()
 
 
 def given_again(data):
