@@ -59,7 +59,10 @@ def main(argv):
   print('|' + '---|' * len(head))
   for name in names:
     runs = [r for task in TASKS for r in cells.get((name, task), [])]
-    speed = [r['examples_per_second'] for r in runs if 'examples_per_second' in r]
+    # 'loaded': made while the machine had other work to do.
+    speed = [
+      r['examples_per_second'] for r in runs if r.get('examples_per_second') and not r.get('loaded')
+    ]
     peak = [r['peak_mb'] for r in runs if 'peak_mb' in r]
     row = [cells_family(records, name), name]
     row += [score(cells[name, task]) if (name, task) in cells else '-' for task in TASKS]
