@@ -297,14 +297,9 @@ def _publish(job: Job, leaves: dict, fit: loop.Fit, workdir: Path) -> None:
     base={'name': job.base.name, 'path': str(job.base.folder), 'sha256': job.base.sha256},
     metrics=fit.metrics,
     versions=environment.versions(),
-    quantize=_held_in(job),
+    quantize=quantize.rules(job.config['model']['quantize']),
   )
   bundle.save(workdir / 'bundle', content)
-
-
-def _held_in(job: Job) -> tuple[tuple[str, str], ...]:
-  """config.model.quantize for the bundle."""
-  return quantize.rules(job.config['model']['quantize'])
 
 
 def _card(job: Job, results: dict, workdir: Path) -> str:

@@ -12,20 +12,19 @@ class Format(NamedTuple):
       instead), 'token' (int8, a scale for each token, from the token), 'static' (int8, ranges that
       were calibrated).
     block: how many numbers along K, or along a row of a table, share a scale; 0: all.
-    about: for the help.
   """
 
   codes: str
   inputs: str
   block: int
-  about: str
 
 
+# int8: a scale for each output, and for each token. The others but int8_static are memory alone.
 FORMATS = {
-  'int8': Format('int8', 'token', 0, 'int8 products; a scale for each output and for each token'),
-  'int8_static': Format('int8', 'static', 0, 'int8 products; the ranges of inputs are calibrated'),
-  'int8_weight': Format('int8', 'float', 0, 'int8 in memory, float products'),
-  'int4': Format('int4', 'float', 32, '4 bits in memory, a scale for 32 numbers, float products'),
-  'nf4': Format('nf4', 'float', 64, "QLoRA's 4 bits in memory, a scale for 64 numbers"),
+  'int8': Format('int8', 'token', 0),
+  'int8_static': Format('int8', 'static', 0),
+  'int8_weight': Format('int8', 'float', 0),
+  'int4': Format('int4', 'float', 32),
+  'nf4': Format('nf4', 'float', 64),
 }
 FLOAT = 'float'

@@ -18,8 +18,6 @@ NF4 = (
   0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
   0.7229568362236023, 1.0,
 )  # fmt: skip
-
-
 # The largest code; of int4 as of int8 the smallest is its negative.
 TOP = {'int8': 127, 'int4': 7}
 _PARTS = ('value', 'scale', 'smooth', 'order', 'x_scale', 'x_zero', 'sums')
@@ -60,7 +58,6 @@ class QTensor:
   shape: tuple[int, int] = (0, 0)
   stochastic: bool = False
 
-  ndim = 2
   dtype = np.dtype(np.int8)
 
   @property
@@ -224,17 +221,21 @@ def codes_of(q: QTensor) -> np.ndarray:
 
 def dequantize(q: QTensor) -> np.ndarray:
   """float32 [rows, columns]: the matrix that the codes stand for, `smooth` and `order` undone."""
-  codes = codes_of(q)
-  values = np.asarray(NF4, np.float32)[codes] if q.codes == 'nf4' else codes.astype(np.float32)
-  w = values * spread(np.asarray(q.scale), q.shape)
+  w = values(codes_of(q), q.codes, np.asarray(q.scale))
   if q.order is not None:
     w = w[np.argsort(q.order)]
   return w if q.smooth is None else w * (1 / np.asarray(q.smooth))[:, None]
 
 
-def spread(scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """Scales of blocks, one for each number, as far as broadcasting does not do it."""
-  for axis in (0, 1):
-    if scale.shape[axis] not in (1, shape[axis]):
-      scale = np.repeat(scale, shape[axis] // scale.shape[axis], axis)
+def values(codes: np.ndarray, kind: str, scale: np.ndarray) -> np.ndarray:
+  """float32 [rows, columns] of codes of a kind ('int8', 'int4', 'nf4'), one a byte."""
+  levels = np.asarray(NF4, np.float32)[codes] if kind == 'nf4' else codes.astype(np.float32)
+  return levels * spread(np.asarray(scale, np.float32), codes.shape)
+
+
+def spread(scale, shape: tuple[int, ...]):
+  """Scales of blocks (numpy or jax), one for each number as far as broadcasting does not do it."""
+  for axis, size in enumerate(shape):
+    if scale.shape[axis] not in (1, size):
+      scale = scale.repeat(size // scale.shape[axis], axis)
   return scale

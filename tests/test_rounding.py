@@ -40,7 +40,7 @@ def naive(w, h, codes, block, dampening=0.01):
 
 def error(x, w, codes, scale, kind):
   """[N]: ||X w - X q||^2."""
-  return np.sum((x @ (calibrate.values(codes, kind, scale) - w)) ** 2, 0)
+  return np.sum((x @ (qtensor.values(codes, kind, scale) - w)) ** 2, 0)
 
 
 @pytest.mark.parametrize('codes, block', FORMATS)
@@ -78,7 +78,7 @@ def test_no_output_is_worse_than_by_rounding(form, examples, seed, how):
   if block:  # and what a QTensor holds is what was found
     q = qtensor.from_codes(found, codes, used, inputs='float')
     q.check()
-    np.testing.assert_array_equal(qtensor.dequantize(q), calibrate.values(found, codes, used))
+    np.testing.assert_array_equal(qtensor.dequantize(q), qtensor.values(found, codes, used))
 
 
 @pytest.mark.parametrize('codes, block', FORMATS)

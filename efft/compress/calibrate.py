@@ -293,13 +293,7 @@ def scales(
   best, least = largest, np.full(largest.shape, np.inf)
   for share in WEIGHT_SHARES:
     scale = (largest * share).astype(np.float32)
-    off = (values(qtensor.encode(w, codes, scale), codes, scale) - w) ** 2
+    off = (qtensor.values(qtensor.encode(w, codes, scale), codes, scale) - w) ** 2
     off = off.reshape(r, rows // r, c, columns // c).sum((1, 3))
     best, least = np.where(off < least, scale, best), np.minimum(off, least)
   return best
-
-
-def values(codes: np.ndarray, kind: str, scale: np.ndarray) -> np.ndarray:
-  """float32 [rows, columns] of codes of a kind, one a byte."""
-  levels = np.asarray(qtensor.NF4, np.float32)[codes] if kind == 'nf4' else codes
-  return levels * qtensor.spread(np.asarray(scale, np.float32), codes.shape)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 
 from efft import qtensor
-from efft.compress.calibrate import values
 
 
 def gptq(
@@ -66,7 +65,7 @@ def gptq(
         used[i // size] = scales(w[i : i + size].astype(np.float32), codes)
       scale = used[i // size][None]
       found[i] = qtensor.encode(w[i][None], codes, scale)
-      off[i - first] = (w[i] - values(found[i][None], codes, scale)[0]) / u[i, i]
+      off[i - first] = (w[i] - qtensor.values(found[i][None], codes, scale)[0]) / u[i, i]
       w[i + 1 : last] -= np.outer(u[i, i + 1 : last], off[i - first])
     w[last:] -= u[first:last, last:].T @ off
   given = np.concatenate([scales(part, codes) for part in start.reshape(-1, size, outputs)])
@@ -85,5 +84,5 @@ def _factor(h: np.ndarray, dampening: float) -> np.ndarray:
 
 def _errors(w, found, codes: str, scale, h) -> np.ndarray:
   """[N]: 2 ||X w - X q||^2 of each output."""
-  off = values(found, codes, scale) - w
+  off = qtensor.values(found, codes, scale) - w
   return np.einsum('kn,kn->n', off, h @ off)

@@ -18,7 +18,7 @@ from jax import lax
 from efft import cpu
 from efft.errors import InputError
 from efft.models import dots
-from efft.qtensor import NF4, QTensor
+from efft.qtensor import NF4, QTensor, spread
 
 jax.tree_util.register_dataclass(
   QTensor,
@@ -51,24 +51,17 @@ def rows(table, index):
   """table[index], float32 [..., features]: the rows of a table of embeddings, QTensor or array."""
   if not isinstance(table, QTensor):
     return jnp.take(table, index, axis=0).astype(jnp.float32)
-  picked = jnp.take(table.value, index, axis=0)
+  picked = _numbers(jnp.take(table.value, index, axis=0), table.codes)
   scale = table.scale
   scale = scale[0] if scale.shape[0] == 1 else jnp.take(scale, index, axis=0)
-  columns = table.shape[1]
-  if scale.shape[-1] not in (1, columns):
-    scale = jnp.repeat(scale, columns // scale.shape[-1], -1)
-  return _numbers(picked, table.codes) * scale
+  return picked * spread(scale, (*scale.shape[:-1], table.shape[1]))
 
 
 def dequantized(w, dtype=jnp.float32):
   """A QTensor as an array of `dtype`; an array as it is."""
   if not isinstance(w, QTensor):
     return w
-  scale = w.scale
-  for axis in (0, 1):
-    if scale.shape[axis] not in (1, w.shape[axis]):
-      scale = jnp.repeat(scale, w.shape[axis] // scale.shape[axis], axis)
-  y = _numbers(w.value, w.codes) * scale
+  y = _numbers(w.value, w.codes) * spread(w.scale, w.shape)
   if w.order is not None:
     y = y[jnp.argsort(w.order)]
   return (y if w.smooth is None else y * (1 / w.smooth)[:, None]).astype(dtype)
