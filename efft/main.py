@@ -154,7 +154,7 @@ VERBS = {
   ),
   'compress': Verb(
     _compress,
-    'prune a finished run, by the stages of a config, and train what is left',
+    'prune or quantise a finished run, by the stages of a config',
     (RUN, CONFIG, WORKDIR, RESUME),
     OVERRIDES,
   ),
