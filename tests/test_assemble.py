@@ -1,0 +1,46 @@
+"""What a run starts from, before its first step."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efft import assemble, config, tree
+
+BERT = Path(__file__).parent / 'fixtures' / 'bert'
+STARS = 1.0, 2.5, 4.0, 4.5
+
+
+@pytest.fixture
+def stars(tmp_path, monkeypatch):
+  monkeypatch.setenv('EFFT_CACHE', str(tmp_path / 'cache'))
+  file = tmp_path / 'stars.csv'
+  rows = [[f'text {i}', STARS[i % 4] if i else 3.75] for i in range(40)]
+  with open(file, 'w', newline='') as sheet:
+    csv.writer(sheet).writerows([['text', 'label'], *rows])
+  return file
+
+
+def job(file, kind, **model):
+  given = config.default(f'task={file},kind={kind},model={BERT}')
+  given.model.update(model)
+  return assemble.prepare(given)
+
+
+def test_a_head_for_numbers_starts_at_their_mean(stars):
+  found = job(stars, 'regression')
+  flat = tree.flatten(found.variables)
+  labels = found.data.splits['train'].labels
+  # By hand: it is the constant with the least squared error.
+  grid = np.linspace(0, 5, 5001)
+  least = grid[np.argmin([np.mean((labels - x) ** 2) for x in grid])]
+  assert flat['params/head/out/bias'].shape == (1,)
+  assert abs(float(flat['params/head/out/bias'][0]) - least) < 1e-3
+  others = [x for path, x in flat.items() if path.startswith('params/head/') and 'bias' in path]
+  assert sum(np.count_nonzero(x) for x in others) == 1
+
+
+def test_a_head_for_classes_starts_at_zero(stars):
+  flat = tree.flatten(job(stars, 'single').variables)
+  assert not np.any(flat['params/head/out/bias'])
