@@ -127,6 +127,7 @@ FIELDS = {
   'task.validation': Field(None, optional(TEXT), 'validation split: its name or file'),
   'task.test': Field(None, optional(TEXT), 'test split: its name or file'),
   'task.fraction': Field(1.0, real(0, 1, '(]'), 'share of the training rows; nested over values'),
+  'task.halves': Field(False, SWITCH, "cut validation in two: the split 'report' chooses nothing"),
   'model.name': Field('all-MiniLM-L6-v2', TEXT, 'Hugging Face id, or a folder with a checkpoint'),
   'model.pooling': Field(
     'auto', choice('auto', 'cls', 'mean'), 'what the head reads; auto: what the checkpoint says'

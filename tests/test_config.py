@@ -39,7 +39,7 @@ def test_every_default_but_the_task_passes_its_own_check():
 def test_arg_sets_task_and_model():
   cfg = config.default('task=reviews.csv,text=review, label=stars,labels=bad|good,fraction=0.5')
   resolved = config.resolve(cfg)
-  task = {k: v for k, v in resolved['task'].items() if v is not None and v != 'auto'}
+  task = {k: v for k, v in resolved['task'].items() if v not in (None, 'auto', False)}
   assert task == {
     'name': 'reviews.csv',
     'text': 'review',

@@ -340,6 +340,24 @@ def test_fraction_thins_training_alone(tmp_path):
     data.load(where, fraction=0)
 
 
+def test_halves_cut_validation_alone(tmp_path):
+  where = folder(tmp_path)
+  whole, cut = data.load(where), data.load(where, halves=True, seed=3)
+  assert list(cut.splits) == ['train', 'validation', 'report', *list(whole.splits)[2:]]
+  both = [cut.splits[name].keys() for name in ('validation', 'report')]
+  assert sorted(both[0] + both[1]) == sorted(whole.splits['validation'].keys())
+  assert not set(both[0]) & set(both[1]) and abs(len(both[0]) - len(both[1])) <= 2
+  assert cut.splits['train'].keys() == whole.splits['train'].keys()
+  # Which rows choose does not hang on the run's seed: runs are compared over seeds.
+  assert data.load(where, halves=True, seed=4).splits['report'].keys() == both[1]
+
+
+def test_one_text_has_no_halves(tmp_path):
+  where = folder(tmp_path, validation=reviews(1) * 3)
+  with pytest.raises(InputError, match='task.halves.*two different texts'):
+    data.load(where, halves=True)
+
+
 def test_the_stream_of_random_numbers_is_pinned():
   assert splits.seeded('subset', 0).permutation(8).tolist() == [4, 0, 3, 2, 1, 5, 6, 7]
 

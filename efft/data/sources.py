@@ -57,6 +57,7 @@ def load(
   fraction: float = 1.0,
   seed: int = 0,
   split_seed: int = 0,
+  halves: bool = False,
 ) -> Dataset:
   """Reads and checks a data set.
 
@@ -70,6 +71,8 @@ def load(
     fraction, seed: the share of the training rows to use, and which ones; nested over fractions.
     split_seed: of the splits carved where the source has none. Apart from `seed`, so that runs with
       several seeds are measured on the same rows.
+    halves: cut the validation split in two: 'validation' chooses (checkpoints, hyper-parameters),
+      'report' has chosen nothing. Equal texts go to the same half.
 
   Raises InputError before anything is trained (file, rows and fix are named), EnvironmentProblem
   where a download fails.
@@ -111,6 +114,8 @@ def load(
   notes += read.notes
   parts = {split: _split(table, use, read.arrays[split]) for split, table in found.items()}
   parts = {split: parts[split] for split in sorted(parts, key=_order)}
+  if halves:
+    parts = _halved(parts, split_seed)
   leaked = splits.leakage(parts)
   notes += [
     f'{n} of {len(parts[split])} examples of {split} are also in train'
@@ -283,6 +288,19 @@ def _carve(found, use, kind, names, also_test, seed) -> tuple[dict[str, Table], 
   missing = ' or '.join(wanted)
   note = f'{table.file}: no {missing} split: carved from it, {how}, split_seed {seed}: {sizes}'
   return found | {'train': table.take(kept)} | carved, note
+
+
+def _halved(parts: dict[str, Split], seed: int) -> dict[str, Split]:
+  whole = parts['validation']
+  found, fix = f'{len(whole)} rows of validation', 'leave task.halves out'
+  if 'report' in parts:
+    raise InputError('config.task.halves', 'a split named report', 'none of that name', fix)
+  kept, other = splits.carve(whole.keys(), whole.labels, [0.5], seed)
+  if not len(other):
+    raise InputError('config.task.halves', found, 'two different texts or more', fix)
+  cut = {'validation': whole.take(kept), 'report': whole.take(other)}
+  rest = {name: part for name, part in parts.items() if name not in ('train', 'validation')}
+  return {'train': parts['train'], **cut, **rest}
 
 
 def _split(table: Table, use: columns.Columns, array: np.ndarray | None) -> Split:
