@@ -19,6 +19,7 @@ from efft import (
   environment,
   files,
   mesh,
+  programs,
   progress,
   quantize,
   teacher,
@@ -36,6 +37,7 @@ from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
+_LOOKED_AT = 64  # batches, to say which width is the usual one
 NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
 
@@ -70,15 +72,25 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
   lock = files.RunLock(workdir) if first else contextlib.nullcontext()
   with lock, progress.logs(workdir / 'train.log' if first else None) as console:
     if first:
-      files.write_json(workdir / 'config.json', config)
-      files.write_json(workdir / 'environment.json', environment.describe())
-    for line in [*_announce(job), *(guide.notes if guide else ())]:
+      describe(config, workdir)
+    for line in [*announce(job), *(guide.notes if guide else ())]:
       log.info(line)
     results = _fit_in_memory(job, guide, devices, workdir, console, first)
     if first:
-      files.write_json(workdir / 'results.json', results)
-      files.atomic_write(workdir / 'README.md', _card(job, results, workdir))
+      finish(job, results, workdir)
   return results
+
+
+def describe(config: dict, workdir: Path) -> None:
+  """What a run folder has from the start."""
+  files.write_json(workdir / 'config.json', config)
+  files.write_json(workdir / 'environment.json', environment.describe())
+
+
+def finish(job: Job, results: dict, workdir: Path) -> None:
+  """What a finished run's folder has besides."""
+  files.write_json(workdir / 'results.json', results)
+  files.atomic_write(workdir / 'README.md', _card(job, results, workdir))
 
 
 def before(config: dict, workdir: Path, resume: str) -> dict | None:
@@ -131,12 +143,7 @@ def _fit(
   options, names = config['train'], job.data.metrics
   dtype = assemble.DTYPES[config['model']['dtype']]
   loss = losses.build(kind, options['label_smoothing'])
-  feed = batches.Batches(
-    job.encoded['train'], options['batch_size'], config['seed'],
-    group_by_length=options['group_by_length'],
-  )  # fmt: skip
-  total = options['steps'] or feed.steps(options['epochs'])
-  every = options['eval_steps'] or max(1, feed.steps(options['eval_epochs']))
+  feed, total, every = course(job)
   frozen = mesh.place(step.cast_frozen(job.parts.frozen, dtype), devices)
   parts = job.parts
   if guide is not None:
@@ -146,7 +153,7 @@ def _fit(
     return step.make_step(
       job.net.logits, loss, optimizer,
       accumulate=pieces, ema=config['optim']['ema'],
-      class_weights=_class_weights(options['class_weights'], job), penalty=job.net.penalty,
+      class_weights=class_weights(job), penalty=job.net.penalty,
       consistency=losses.divergence(kind, weight) if (weight := options['consistency']) else None,
       extra=None if guide is None else guide.extra,
     )  # fmt: skip
@@ -170,15 +177,16 @@ def _fit(
   state = mesh.replicate(state, devices)
   run = make_step(optimizer)
   logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))
-  valid, size = job.encoded['validation'], config['eval']['batch_size']
 
-  def evaluate(state):
+  def evaluate(state, split='validation'):
+    part = job.encoded[split]
     scores = scoring.predict(
       lambda weights, batch: logits(weights, frozen, batch),
-      state.weights, batches.evaluation(valid, size), devices,
+      state.weights, batches.evaluation(part, config['eval']['batch_size']), devices,
     )  # fmt: skip
-    return scoring.score(names, losses.build(kind), valid.labels, scores, kind)
+    return scoring.score(names, losses.build(kind), part.labels, scores, kind)
 
+  start = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   begin = time.time()
   with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
     fit = loop.fit(
@@ -192,6 +200,25 @@ def _fit(
       sinks=trackers.make(workdir, config['trackers'], config) if first else (),
       log_every=options['log_every'], progress=progress.Progress(console) if first else None,
     )  # fmt: skip
+  results = hand_on(job, fit, workdir, time.time() - begin, first=first, accumulate=pieces)
+  if config['task']['halves']:
+    results['report'] = evaluate(fit.state, 'report')
+  seen = [feed.batch(i) for i in range(min(total, _LOOKED_AT))]
+  return results | {'step': _cost(run, start, frozen, seen, put)}
+
+
+def hand_on(
+  job: Job, fit: loop.Fit, workdir: Path, seconds: float, *, first: bool = True, accumulate: int = 1
+) -> dict:
+  """Writes the bundle of a trained run; gives its results.
+
+  Args:
+    job, fit: what was trained, and how it went.
+    workdir: the run folder.
+    seconds: of the whole fit, evaluations included.
+    first: whether this process writes.
+    accumulate: micro-batches that a step was cut into.
+  """
   # Not what trained beside the model to compare it with its teacher.
   weights = {name: fit.state.weights[name] for name in job.parts.trainable}
   leaves = transfer.handed_on(job.net.deltas, weights, job.parts.frozen, job.base.params)
@@ -212,11 +239,36 @@ def _fit(
     'examples_per_second': round(fit.examples_per_second, 2),
     'peak_mb': round(environment.peak_memory() / 1e6, 1),
     'bundle_mb': round(folder_size(workdir / 'bundle') / 1e6, 3),
-    'wall_seconds': round(time.time() - begin, 2),
-    'accumulate': pieces,
-    'config_hash': configs.config_hash(config),
+    'wall_seconds': round(seconds, 2),
+    'accumulate': accumulate,
+    'config_hash': configs.config_hash(job.config),
     'notes': job.data.notes,
   }
+
+
+def _cost(run, state, frozen, seen: list[dict], put) -> dict:
+  """What a step costs on a batch of the usual width, which the run has compiled already."""
+  widths = [batch['mask'].shape[1] for batch in seen]
+  usual = max(sorted(set(widths)), key=widths.count)
+  batch = put(seen[widths.index(usual)])
+  size = programs.memory(run.lower(state, frozen, batch).compile())
+  return {
+    'length': usual,
+    'flops': programs.flops(run, state, frozen, batch),
+    'memory_mb': None if size is None else round(size / 1e6, 3),
+  }
+
+
+def course(job: Job) -> tuple[batches.Batches, int, int]:
+  """(training data, steps of the run, steps between evaluations)."""
+  options = job.config['train']
+  feed = batches.Batches(
+    job.encoded['train'], options['batch_size'], job.config['seed'],
+    group_by_length=options['group_by_length'],
+  )  # fmt: skip
+  total = options['steps'] or feed.steps(options['epochs'])
+  every = options['eval_steps'] or max(1, feed.steps(options['eval_epochs']))
+  return feed, total, every
 
 
 def _given(file: Path, compute, first: bool) -> dict[str, dict[str, np.ndarray]]:
@@ -240,7 +292,7 @@ def _given(file: Path, compute, first: bool) -> dict[str, dict[str, np.ndarray]]
   return found
 
 
-def _announce(job: Job) -> list[str]:
+def announce(job: Job) -> list[str]:
   """What the log says before the first step."""
   trained, everything = tree.count(job.parts.trainable), tree.count(job.variables)
   sizes = ', '.join(f'{name} {len(split)}' for name, split in job.data.splits.items())
@@ -263,8 +315,9 @@ def _announce(job: Job) -> list[str]:
   ]
 
 
-def _class_weights(setting, job: Job):
-  """float32 [C], or None."""
+def class_weights(job: Job):
+  """float32 [C] of config.train.class_weights, or None."""
+  setting = job.config['train']['class_weights']
   if setting is None:
     return None
   names, labels = job.data.labels, job.encoded['train'].labels

@@ -131,7 +131,7 @@ def die_at(event, count, how=signal.SIGKILL):
     'sealed': (checkpoint.files, 'fsync_folder'),
     'rename': (os, 'replace'),
     'step': (Batches, 'batch'),
-    'evaluate': (loop, '_evaluate'),
+    'evaluate': (loop, 'judge'),
   }
   owner, name = places[event]
   setattr(owner, name, armed(getattr(owner, name)))

@@ -6,9 +6,6 @@ accumulator is free. JAX's transposition rule would contract the float32 cotange
 operand, so each product here brings its own backward pass.
 """
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -71,7 +68,6 @@ def _transpose(x):
   return lax.optimization_barrier(x.T.reshape(-1)).reshape(x.shape[::-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(q, k, v, bias, seed, rate):
   """Scaled dot-product attention with dropout on the probabilities.
 
@@ -79,33 +75,32 @@ def attend(q, k, v, bias, seed, rate):
     q: [B, T, H, K].
     k, v: [B, S, H, K].
     bias: float32 [B, S], added to the scores: 0 where a key may be seen, very negative elsewhere.
-    seed: uint32 [2], what the dropout draws from; None without dropout.
-    rate: the dropout rate, a Python float.
+    seed, rate: of the dropout, as for `drop`.
 
   Returns:
     [B, T, H, K] in q's type. The backward pass keeps q, k, v and the probabilities in their own
     type and draws the dropout again. No gradient flows into `bias`.
   """
-  return _attend(q, k, v, bias, seed, rate)[0]
+  return _attend(q, k, v, bias, _draw(seed, rate))
 
 
-def _attend(q, k, v, bias, seed, rate):
+@jax.custom_vjp
+def _attend(q, k, v, bias, draw):
+  return _attend_fwd(q, k, v, bias, draw)[0]
+
+
+def _attend_fwd(q, k, v, bias, draw):
   scores = contract('bqhd,bkhd->bhqk', q, k) * (q.shape[-1] ** -0.5)
   p = jax.nn.softmax(scores + bias[:, None, None, :], axis=-1).astype(q.dtype)
-  y = contract('bhqk,bkhd->bqhd', drop(p, seed, rate), v).astype(q.dtype)
-  return y, p
+  y = contract('bhqk,bkhd->bqhd', _drop(p, draw), v).astype(q.dtype)
+  return y, (q, k, v, p, draw)
 
 
-def _attend_fwd(q, k, v, bias, seed, rate):
-  y, p = _attend(q, k, v, bias, seed, rate)
-  return y, (q, k, v, p, seed)
-
-
-def _attend_bwd(rate, residuals, g):
-  q, k, v, p, seed = residuals
+def _attend_bwd(residuals, g):
+  q, k, v, p, draw = residuals
   g = g.astype(q.dtype)
-  dv = contract('bhqk,bqhd->bkhd', drop(p, seed, rate), g).astype(v.dtype)
-  dp = drop(contract('bqhd,bkhd->bhqk', g, v), seed, rate)
+  dv = contract('bhqk,bqhd->bkhd', _drop(p, draw), g).astype(v.dtype)
+  dp = _drop(contract('bqhd,bkhd->bhqk', g, v), draw)
   p = p.astype(jnp.float32)
   ds = (p * (dp - jnp.sum(dp * p, -1, keepdims=True)) * (q.shape[-1] ** -0.5)).astype(q.dtype)
   dq = contract('bhqk,bkhd->bqhd', ds, k).astype(q.dtype)
@@ -113,44 +108,71 @@ def _attend_bwd(rate, residuals, g):
   return dq, dk, dv, None, None
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def drop(x, seed, rate):
   """Dropout: zeroes each element with probability `rate`, scales the others by 1 / (1 - rate).
 
-  The bits are a hash of the element's index and the seed: a few integer operations that fuse
+  The bits are a hash of the element's indices and the seed: a few integer operations that fuse
   with their surroundings, instead of a threefry call per element (a quarter of a training step
-  on CPU). The mask depends on nothing but (seed, shape), so it is the same however the array is
-  sharded, and the backward pass draws it again instead of storing it.
+  on CPU). An element's fate depends on nothing but the seed and where it is: not on how the array
+  is sharded, nor on how far a batch is padded. The backward pass draws it again instead of storing
+  it.
 
   Args:
     x: any float array.
     seed: uint32 [2], or None for no dropout.
-    rate: Python float in [0, 1).
+    rate: in [0, 1); a Python float, or float32 [] where it is computed with.
   """
-  if seed is None or not rate:
+  return _drop(x, _draw(seed, rate))
+
+
+def never(rate) -> bool:
+  """Whether a rate is known to be zero; one that is computed with is not."""
+  return isinstance(rate, int | float) and not rate
+
+
+def _draw(seed, rate):
+  """(seed, the bits from which on an element stays, what it is multiplied by), or None."""
+  if seed is None or never(rate):
+    return None
+  if isinstance(rate, float):
+    threshold = jnp.uint32(round(rate * 2**32))
+  else:
+    threshold = (rate * jnp.float32(2**32)).astype(jnp.uint32)
+  return seed, threshold, jnp.float32(1 / (1 - rate))
+
+
+@jax.custom_vjp
+def _drop(x, draw):
+  if draw is None:
     return x
-  keep = hash_bits(seed, x.shape) >= jnp.uint32(round(rate * 2**32))
+  seed, threshold, scale = draw
   # In float32: 1 / (1 - rate) rounded to bfloat16 would shift the mean of everything dropped.
-  kept = (x.astype(jnp.float32) * (1 / (1 - rate))).astype(x.dtype)
-  return jnp.where(keep, kept, jnp.zeros((), x.dtype))
+  kept = (x.astype(jnp.float32) * scale).astype(x.dtype)
+  return jnp.where(hash_bits(seed, x.shape) >= threshold, kept, jnp.zeros((), x.dtype))
 
 
-drop.defvjp(
-  lambda x, seed, rate: (drop(x, seed, rate), seed),
-  lambda rate, seed, g: (drop(g, seed, rate), None),
-)
+_drop.defvjp(lambda x, draw: (_drop(x, draw), draw), lambda draw, g: (_drop(g, draw), None))
+
+
+# Odd, one an axis from the last: steps of 2**32 / the golden ratio and other irrational numbers.
+_STEPS = 1, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
 
 
 def hash_bits(seed, shape):
-  """uint32 bits of `shape`, uniform: murmur3's finaliser over the index.
+  """uint32 bits of `shape`, uniform: murmur3's finaliser over a sum of the indices.
 
-  One half of the seed enters before the first multiplication and the other after it, so that two
-  seeds do not give shifted copies of one sequence.
+  Each axis goes on in steps of its own, which do not depend on the shape: a longer array has the
+  same bits where the shorter one has any. One half of the seed enters before the first
+  multiplication and the other after it, so that two seeds do not give shifted copies of one
+  sequence.
   """
-  index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+  index = jnp.zeros(shape, jnp.uint32)
+  for axis in range(len(shape)):
+    place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+    index += place * jnp.uint32(_STEPS[len(shape) - 1 - axis])
   h = index ^ seed[0]
   h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
   h = h + seed[1]

@@ -77,14 +77,14 @@ ACTIVATIONS = {
 }
 
 
-def dropout_seed(module: nn.Module, rate: float):
+def dropout_seed(module: nn.Module, rate):
   """uint32 [2] drawn from the 'dropout' stream; None when evaluating (no such stream)."""
-  if not rate or not module.has_rng('dropout'):
+  if dots.never(rate) or not module.has_rng('dropout'):
     return None
   return jax.random.bits(module.make_rng('dropout'), (2,), jnp.uint32)
 
 
-def dropout(module: nn.Module, x, rate: float):
+def dropout(module: nn.Module, x, rate):
   """Drops elements of x while training; identity when evaluating."""
   return dots.drop(x, dropout_seed(module, rate), rate)
 

@@ -78,6 +78,9 @@ class Delta(NamedTuple):
       may depend on frozen parameters of the delta only.
     pack: (parameters) -> parameters that act the same when evaluating and take less room: bool
       arrays, stored as bits and read as 0. and 1., in place of scores; zeros, which are not stored.
+    scale: (rank) -> what its products are multiplied by, for methods whose `rank` may be filled up
+      with zeros, in which no gradient flows: they differ from the smaller rank by this number, to
+      which `alpha` is proportional.
     first: whether it comes before other deltas at its sites, whatever the names: for what stands
       in place of the pretrained weights.
     examples: how many training examples `init` wants to find in site.x and site.y; 0: none, what
@@ -94,6 +97,7 @@ class Delta(NamedTuple):
   rebase: Callable | None = None
   pack: Callable | None = None
   examples: int = 0
+  scale: Callable | None = None
   first: bool = False
 
 

@@ -58,19 +58,20 @@ def lora(
     p = {'a': uniform(key, (d_in, r), d_in), 'b': jnp.zeros((r, d_out), jnp.float32)}
     return {**p, 'bias': jnp.zeros(d_out, jnp.float32)} if lora_bias else p
 
-  def scale(p):
-    r = p['a'].shape[1]
-    return alpha / (r**0.5 if use_rslora else r)
+  def scale(rank):
+    return alpha / (rank**0.5 if use_rslora else rank)
 
   def apply(p, site):
+    factor = scale(p['a'].shape[1])
     low = product(site.dropout(site.x, dropout), p['a']).astype(site.x.dtype)
     update = product(low, p['b'])
-    return site.y + scale(p) * (update + p['bias'] if lora_bias else update)
+    return site.y + factor * (update + p['bias'] if lora_bias else update)
 
   def merge(p, module):
-    merged = {**module, 'kernel': module['kernel'] + scale(p) * product(p['a'], p['b'])}
+    factor = scale(p['a'].shape[1])
+    merged = {**module, 'kernel': module['kernel'] + factor * product(p['a'], p['b'])}
     if lora_bias:
-      merged['bias'] = module['bias'] + scale(p) * p['bias']
+      merged['bias'] = module['bias'] + factor * p['bias']
     return merged
 
   def expand(p, path, key):
@@ -78,7 +79,7 @@ def lora(
     ratio = _first_match(alphas, path, alpha) / alpha
     return {leaf: x if leaf == 'a' else x * ratio for leaf, x in p.items()}
 
-  return Delta(init, apply, at, merge, expand=expand if alphas else None)
+  return Delta(init, apply, at, merge, expand=expand if alphas else None, scale=scale)
 
 
 def embedding(

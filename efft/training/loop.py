@@ -130,7 +130,7 @@ def fit(
   step = int(state.step)
   for sink in sinks:
     sink.resume(step)
-  clock, pending, shapes = _Clock(), [], set()
+  clock, pending, shapes = Clock(), [], set()
 
   def flush():
     """Fetches and records the pending steps; their metrics are finite when it returns."""
@@ -142,7 +142,7 @@ def fit(
       for (number, _), metrics in zip(pending, values, strict=True)
     ]
     pending.clear()
-    bad = next((i for i, r in enumerate(records) if not _finite(r)), None)
+    bad = next((i for i, r in enumerate(records) if not finite(r)), None)
     records = records if bad is None else records[: bad + 1]
     for sink in sinks:
       sink.write(records)
@@ -193,7 +193,7 @@ def fit(
         if flushing or preempted:
           flush()
         if evaluating:
-          _evaluate(evaluate, state, step, memo, main_metric, higher_is_better, sinks)
+          judge(evaluate, state, step, memo, main_metric, higher_is_better, sinks)
         if evaluating or saving or preempted:
           save()
         if preempted:
@@ -234,7 +234,7 @@ def _resume(checkpoints: Checkpoints, like) -> tuple[Any, Memo]:
   return state, memo
 
 
-def _evaluate(evaluate, state, step, memo, main_metric, higher_is_better, sinks) -> None:
+def judge(evaluate, state, step, memo, main_metric, higher_is_better, sinks) -> None:
   """Evaluates, records, and brings `memo` up to date."""
   metrics = {name: float(value) for name, value in evaluate(state).items()}
   memo.last_metrics = metrics
@@ -252,7 +252,7 @@ def _evaluate(evaluate, state, step, memo, main_metric, higher_is_better, sinks)
   log.info('step %d: %s%s', step, shown, ' (best so far)' if better else '')
 
 
-def _finite(record: dict) -> bool:
+def finite(record: dict) -> bool:
   return all(math.isfinite(record[name]) for name in ('loss', 'grad_norm') if name in record)
 
 
@@ -285,7 +285,7 @@ class _Sigterm(threading.Event):
       signal.signal(signal.SIGTERM, self._before)
 
 
-class _Clock:
+class Clock:
   """Seconds of steady training and of compilation; stopped while evaluating and saving."""
 
   def __init__(self):

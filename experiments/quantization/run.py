@@ -42,6 +42,8 @@ BUDGETS = {'mrpc': (300, 64), 'cola': (800, 32), 'r8': (300, 64), 'sst2': (300, 
 BUDGETS |= {'stsb': (400, 48)}
 BATCH, LR = 16, 1e-4
 MERGE = {'fn': 'prune.merge'}
+# `compress` begins at the first stage that changes shapes or formats, and what trains comes after.
+GO_ON = {'s0_go_on': MERGE}
 
 
 def quant(**options) -> dict:
@@ -53,7 +55,7 @@ def simulated(**options) -> dict:
   method = {'int8': {'fn': 'activations.w8a8', **options}}
   rules = (('params/head/.*', 'head'), ('.*', 'frozen'))
   still = {'lr': 1e-30, 'warmup': 0.0}
-  return {
+  return GO_ON | {
     's1_attach': {'method': method, 'rules': rules, 'optim': still, 'train': {'steps': 1}},
   }
 
@@ -62,7 +64,7 @@ def aware(name: str) -> dict:
   own = config.resolve(config.load(f'configs/{name}.py:task=r8'))
   optim = {**own['optim'], 'lr': LR / 5}
   tune = {'method': own['method'], 'rules': own['rules'], 'optim': optim}
-  return {'s1_tune': tune, 's2_int8': MERGE}
+  return {**GO_ON, 's1_tune': tune, 's2_int8': MERGE}
 
 
 def variants() -> dict[str, dict]:
@@ -84,7 +86,7 @@ def variants() -> dict[str, dict]:
     'w8a8 simulated': simulated(groups=1),
     'peg simulated': simulated(groups=6),
     'mixed simulated': simulated(groups=1, block_bits=16),
-    'float': {'s1_tune': {'optim': {'lr': LR / 5}}},
+    'float': GO_ON | {'s1_tune': {'optim': {'lr': LR / 5}}},
     'q8bert': aware('q8bert'),
     'lsq': aware('lsq'),
   }

@@ -1,0 +1,209 @@
+"""Who trains together: what members may differ in, and what they share."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efft import assemble, finetune, tree
+from efft import config as configs
+from efft.assemble import Job
+from efft.data import batches
+from efft.errors import InputError
+from efft.training import loop
+
+# Fields in which members may differ; what else a config says is the same in all.
+VARIES = (
+  'seed', 'task.*', 'model.dropout', 'method.*.alpha', 'method.*.rank', 'optim.lr',
+  'optim.weight_decay', 'optim.groups.*.lr', 'optim.groups.*.weight_decay',
+)  # fmt: skip
+_VARIES = re.compile('|'.join(re.escape(name).replace(r'\*', '.+') for name in VARIES))
+RATES = ('dropout', 'attention_dropout', 'head_dropout')
+_WHERE, _FIX = 'population', 'train it by itself'
+
+
+@dataclasses.dataclass
+class Member:
+  """A run among others.
+
+  Attributes:
+    job, workdir, feed: its data and model, its run folder, its batches.
+    numbers: {field: float}, in which members differ; 'rate.dropout' and the like are the encoder's.
+    memo: what it remembers of its evaluations.
+    state: what trains, between the times that it has a place on the device.
+    best: (weights to hand on, the step that they are of).
+    ended: ('', step) of its end, ('diverged', step), ('stopped', step) by a rung; None before.
+  """
+
+  job: Job
+  workdir: Path
+  feed: batches.Batches
+  numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+  memo: loop.Memo = dataclasses.field(default_factory=loop.Memo)
+  state: Any = None
+  best: Any = None
+  ended: tuple[str, int] | None = None
+
+  @property
+  def config(self) -> dict:
+    return self.job.config
+
+  @property
+  def labels(self) -> int:
+    return self.job.base.cfg.num_labels
+
+
+def common(config) -> dict | None:
+  """What has to be the same in all members, {field: value}; None where a run can only go alone."""
+  config = configs.resolve(config)
+  alone = config['stages'] or config['distil']['teacher'] or config['mesh']['distributed']
+  chosen = any('transform' in fields for fields in config['optim']['groups'].values())
+  if alone or chosen:
+    return None
+  return {path: x for path, x in _paths(config).items() if not _VARIES.fullmatch(path)}
+
+
+def gather(resolved: Sequence[dict], workdirs: Sequence[Path]) -> list[Member]:
+  """Reads data and models of configs; what is frozen and equal in all is kept once.
+
+  Raises:
+    InputError: configs that cannot train together.
+  """
+  _check(resolved, workdirs)
+  members = []
+  for config, workdir in zip(resolved, workdirs, strict=True):
+    job = assemble.prepare(config)
+    feed, total, every = finetune.course(job)
+    if members:
+      first = members[0].job
+      if job.data.kind != first.data.kind:
+        found = f'{workdir} of kind {job.data.kind}'
+        raise InputError(_WHERE, found, f'{first.data.kind}, as the others', _FIX)
+      if (total, every) != finetune.course(first)[1:]:
+        found = f'{workdir} of {total} steps, evaluated every {every}'
+        raise InputError(_WHERE, found, 'one length', 'set train.steps and train.eval_steps')
+      if not np.array_equal(*(np.array(finetune.class_weights(j)) for j in (job, first))):
+        found, expected = f'{workdir} with other rows in a class', 'the same class weights'
+        raise InputError(_WHERE, found, expected, 'write the numbers into train.class_weights')
+      job = _sharing(job, first)
+    members.append(Member(job, workdir, feed))
+  heads = sorted({m.labels for m in members})
+  options = members[0].config['train']
+  even = members[0].job.data.kind == 'single'
+  even = even and not (options['label_smoothing'] or options['consistency'])
+  if len(heads) > 1 and not even:
+    found = f'heads of {", ".join(map(str, heads))} outputs'
+    expected = 'one size, but for classes without label smoothing and consistency'
+    raise InputError(_WHERE, found, expected, _FIX)
+  _differences(members)
+  return members
+
+
+def _check(resolved: Sequence[dict], workdirs: Sequence[Path]) -> None:
+  shared = [common(config) for config in resolved]
+  for own, workdir in zip(shared, workdirs, strict=True):
+    if own is None:
+      found = f'{workdir} with stages, a teacher, a transform or several hosts'
+      raise InputError(_WHERE, found, 'plain runs', _FIX)
+    if own != shared[0]:
+      name = next(n for n in sorted({*own, *shared[0]}) if own.get(n) != shared[0].get(n))
+      expected = f'differences in {", ".join(VARIES)} alone'
+      raise InputError(_WHERE, f'{workdir} with another config.{name}', expected, _FIX)
+
+
+def _sharing(job: Job, first: Job) -> Job:
+  """The job with the first one's arrays in place of equal ones of its own."""
+  known = tree.flatten(first.variables)
+
+  def share(path, x):
+    other = known.get(path)
+    return other if other is not None and equal(other, x) else x
+
+  values = tree.map_paths(share, job.variables)
+  parts = assemble.partition(values, job.config['rules'])
+  base = dataclasses.replace(job.base, params=tree.map_paths(share_in(values), job.base.params))
+  return dataclasses.replace(job, variables=values, parts=parts, base=base)
+
+
+def share_in(values: Mapping):
+  """(path below 'params', its pretrained array) -> the equal one of `values`, or itself."""
+  flat = tree.flatten(values['params'])
+
+  def share(path, x):
+    return flat[path] if path in flat and equal(flat[path], x) else x
+
+  return share
+
+
+def equal(a, b) -> bool:
+  """Whether two leaves hold the same numbers."""
+  leaves, others = jax.tree.leaves(a), jax.tree.leaves(b)
+  return len(leaves) == len(others) and all(
+    x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))
+    for x, y in zip(leaves, others, strict=True)
+  )
+
+
+def _differences(members: list[Member]) -> None:
+  """Finds the fields in which members differ, as numbers that a program is given.
+
+  A smaller rank is the largest with another alpha: see `Delta.scale`.
+  """
+  flat = [_paths(m.config) for m in members]
+  for m, own in zip(members, flat, strict=True):
+    m.numbers = {f'rate.{name}': getattr(m.job.base.cfg, name) for name in RATES}
+    m.numbers |= {path: own[path] for path in own if _VARIES.fullmatch(path) and _number(own[path])}
+    m.numbers = {path: x for path, x in m.numbers.items() if not _by_itself(path)}
+  for path in (path for path in flat[0] if re.fullmatch(r'method\..+\.rank', path)):
+    _, name, _ = path.split('.')
+    largest = max(own[path] for own in flat)
+    for m, own in zip(members, flat, strict=True):
+      if own[path] == largest:
+        continue
+      scale = getattr(m.job.net.deltas[name], 'scale', None)
+      if scale is None or own.get(f'method.{name}.rank_pattern'):
+        found = f'ranks {own[path]} and {largest}'
+        raise InputError(f'config.method.{name}', found, 'one rank of this method', _FIX)
+      m.numbers[f'method.{name}.alpha'] *= scale(own[path]) / scale(largest)
+  same = {path for path in members[0].numbers if len({m.numbers[path] for m in members}) == 1}
+  for m in members:
+    m.numbers = {path: float(x) for path, x in m.numbers.items() if path not in same}
+
+
+def _by_itself(path: str) -> bool:
+  """Whether a field acts through data, state or shapes, which each member has of its own."""
+  return (
+    path == 'seed'
+    or path == 'model.dropout'
+    or path.startswith('task.')
+    or (path.endswith('.rank'))
+  )
+
+
+def _number(x) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def put(config: Mapping, numbers: Mapping) -> dict:
+  """The config with these numbers in it, traced ones too."""
+  config = configs.plain(dict(config))
+  for path, value in numbers.items():
+    *groups, last = path.split('.')
+    node = config
+    for group in groups:
+      node = node[group]
+    node[last] = value
+  return config
+
+
+def _paths(config: Mapping, prefix: str = '') -> dict[str, Any]:
+  """{'optim.groups.head.lr': 1e-3, ...} of all of a resolved config."""
+  found = {}
+  for key, value in config.items():
+    nested = isinstance(value, Mapping) and value
+    found |= _paths(value, f'{prefix}{key}.') if nested else {prefix + key: value}
+  return found
