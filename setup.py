@@ -11,7 +11,8 @@ readme = root / 'README.md'
 parts = sorted(
   '.'.join(file.parent.relative_to(root).parts) for file in root.glob('efft/**/__init__.py')
 )
-test = ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100']
+report = ['vl-convert-python>=1.9']
+test = ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'selenium>=4.20', *report]
 
 setup(
   name='efft',
@@ -24,7 +25,7 @@ setup(
   # The configs are installed beside the code, where `--config=configs/lora.py` finds them.
   packages=[*parts, 'efft.configs'],
   package_dir={'efft': 'efft', 'efft.configs': 'configs'},
-  package_data={'efft': ['methods.json']},
+  package_data={'efft': ['methods.json'], 'efft.report': ['page.css', 'page.js']},
   entry_points={'console_scripts': ['efft=efft.main:main']},
   install_requires=[
     # Two pairs, not a cross product: jax 0.11 needs Python 3.12, flax 0.12.8 needs jax < 0.12.
@@ -39,17 +40,19 @@ setup(
     'numpy>=2',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12,<0.13',
+    'pandas>=2.2',
     'pyarrow>=17',
     'rich>=13.7',
     'safetensors>=0.6,<1',
     'scikit-learn>=1.5',
-    'scipy>=1.13',
+    'scipy>=1.15',
     'tokenizers>=0.22',
     'transformers>=5.3,<6',
   ],
   extras_require={
     'test': test,
     'dev': [*test, 'ruff==0.17.*'],
+    'report': report,
     'tensorboard': ['tensorboardX>=2.6'],
     'wandb': ['wandb>=0.19'],
   },

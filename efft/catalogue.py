@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from efft import assemble, compact, files, tree
+from efft import assemble, compact, files, programs, tree
 from efft import config as configs
 from efft.models.encoder import Encoder, EncoderConfig, init_params
 from efft.peft import base, transform
@@ -32,11 +31,6 @@ BERT_BASE = EncoderConfig(
   embed_dim=768,
 )
 TOKENS = 128
-# One operation an element of the result; the rest moves numbers or is an integer's business.
-ARITHMETIC = {
-  'add', 'sub', 'mul', 'div', 'max', 'min', 'exp', 'log', 'tanh', 'logistic', 'erf', 'sqrt',
-  'rsqrt', 'integer_pow', 'pow', 'neg', 'sin', 'cos', 'reduce_sum', 'reduce_max', 'select_n',
-}  # fmt: skip
 
 
 def describe(file: Path) -> dict:
@@ -105,37 +99,10 @@ def stored(deltas, variables: Mapping, optim: Mapping, groups: Mapping) -> int:
 
 
 def flops(fn, variables: Mapping) -> int:
-  """Operations of a forward pass over one text, counted in its jaxpr."""
+  """Operations of a forward pass over one text, see `efft.programs`."""
   ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
   mask = jax.ShapeDtypeStruct((1, TOKENS), jnp.bool_)
-  return _count(jax.make_jaxpr(fn)(variables, ids, mask).jaxpr)
-
-
-def _count(jaxpr) -> int:
-  total = 0
-  for eqn in jaxpr.eqns:
-    inner = [
-      part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
-      for value in eqn.params.values()
-      for part in (value if isinstance(value, list | tuple) else (value,))
-      if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
-    ]
-    name = eqn.primitive.name
-    if inner:
-      times = eqn.params.get('length', 1) if name == 'scan' else 1
-      total += times * max(_count(part) for part in inner)
-      continue
-    size = int(np.prod(eqn.outvars[0].aval.shape)) if eqn.outvars else 0
-    if name == 'dot_general':
-      (contracted, _), _ = eqn.params['dimension_numbers']
-      shape = eqn.invars[0].aval.shape
-      total += 2 * size * int(np.prod([shape[axis] for axis in contracted]))
-    elif name == 'fft':
-      length = int(np.prod(eqn.params['fft_lengths']))
-      total += int(5 * size * np.log2(max(2, length)))
-    elif name in ARITHMETIC:
-      total += max(size, *(int(np.prod(v.aval.shape)) for v in eqn.invars))
-  return total
+  return programs.flops(fn, variables, ids, mask)
 
 
 def describe_all() -> dict[str, dict]:

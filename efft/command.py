@@ -201,13 +201,14 @@ def _help(verbs: Mapping[str, Verb], intro: str) -> str:
 def _verb_help(name: str, verb: Verb, everything: bool) -> str:
   required = ''.join(f' --{flag.name}=...' for flag in verb.flags if flag.required)
   lines = [f'efft {name}{required}', f'  {verb.about}', '']
+  width = max([14, *(len(flag.name) + 2 for flag in verb.flags)])
   for flag in verb.flags:
     about = flag.about
     if flag.choices:
       about += f': {", ".join(flag.choices)}'
     if flag.default:
       about += f' (default: {flag.default})'
-    lines.append(f'  --{flag.name:<14}{about}')
+    lines.append(f'  --{flag.name:<{width}}{about}')
   if everything and CONFIG in verb.flags:
     from efft import config
 

@@ -37,7 +37,7 @@ from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
-_LOOKED_AT = 64  # batches, to say which width is the usual one
+LOOKED_AT = 64  # batches, to say which width is the usual one
 NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
 
@@ -203,8 +203,8 @@ def _fit(
   results = hand_on(job, fit, workdir, time.time() - begin, first=first, accumulate=pieces)
   if config['task']['halves']:
     results['report'] = evaluate(fit.state, 'report')
-  seen = [feed.batch(i) for i in range(min(total, _LOOKED_AT))]
-  return results | {'step': _cost(run, start, frozen, seen, put)}
+  batch = put(usual([feed.batch(i) for i in range(min(total, LOOKED_AT))]))
+  return results | {'step': cost(run, start, (frozen,), batch)}
 
 
 def hand_on(
@@ -246,15 +246,18 @@ def hand_on(
   }
 
 
-def _cost(run, state, frozen, seen: list[dict], put) -> dict:
-  """What a step costs on a batch of the usual width, which the run has compiled already."""
+def usual(seen: list[dict]) -> dict:
+  """A batch of the width that most have."""
   widths = [batch['mask'].shape[1] for batch in seen]
-  usual = max(sorted(set(widths)), key=widths.count)
-  batch = put(seen[widths.index(usual)])
-  size = programs.memory(run.lower(state, frozen, batch).compile())
+  return seen[widths.index(max(sorted(set(widths)), key=widths.count))]
+
+
+def cost(run, state, given: tuple, batch: dict) -> dict:
+  """What a step asks for, of a program that has been compiled already."""
+  size = programs.memory(run.lower(state, *given, batch).compile())
   return {
-    'length': usual,
-    'flops': programs.flops(run, state, frozen, batch),
+    'length': batch['mask'].shape[-1],
+    'flops': programs.flops(run, state, *given, batch),
     'memory_mb': None if size is None else round(size / 1e6, 3),
   }
 

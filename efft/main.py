@@ -15,7 +15,7 @@ from typing import Any
 
 from efft import command
 from efft.command import CONFIG, Flag, Verb
-from efft.errors import InputError
+from efft.errors import EfftError, InputError
 
 
 def _train(config, workdir, resume):
@@ -71,6 +71,54 @@ def _import(source, base, output, task, labels, max_length):
   _show(
     _run().import_adapter(source, base, output, task=task, labels=labels, max_length=max_length)
   )
+
+
+def _bench(run, batch, length, precision, merged, output, seconds):
+  options = {
+    'batch': _numbers('batch', batch, int),
+    'length': _numbers('length', length, int),
+    'precision': precision.split(','),
+    'seconds': _number('seconds', seconds, float),
+  }
+  bench, rows = _run().bench, []
+  try:
+    bench(run, merged=merged, output=output, on_row=rows.append, **options)
+  finally:
+    if rows:  # what was measured before an interruption, too
+      from efft.bench import show
+
+      show.table(rows)
+
+
+def _sweep(study, workdir, shard, jobs, dry_run, retry_failed):
+  _prepare()
+  from efft.sweep import sweep  # not by way of efft.run: jax is for the processes that train
+
+  jobs = _number('jobs', jobs, int)
+  records = sweep(
+    study, workdir, shard=shard, jobs=jobs, dry_run=dry_run, retry_failed=retry_failed
+  )
+  if failed := sum(record['status'] != 'ok' for record in records):
+    fix = f'see {workdir}/logs; --retry_failed makes them again'
+    raise EfftError(f'{failed} of {len(records)} runs failed; {fix}')
+
+
+def _report(runs, output, against, baseline, split, title):
+  from efft.report import publish  # not by way of efft.run: no report needs jax
+
+  _show(publish.report(runs, output, against=against, baseline=baseline, split=split, title=title))
+
+
+def _recommend(runs, **options):
+  from efft.report import recommend
+
+  kinds = {'latency_batch': int, 'latency_length': int, **dict.fromkeys(LIMITS, float)}
+  options = {
+    name: _number(name, value, kinds[name]) if name in kinds else value
+    for name, value in options.items()
+  }
+  for line in recommend.lines(recommend.recommend(runs, **options)):
+    print(line)
 
 
 def _inspect(config):
@@ -139,6 +187,20 @@ COMPARED = Flag('split', 'of the task, on which both forms are compared', 'valid
 OVERRIDES = """\
 Any field of the config can be set: --config.optim.lr=3e-4 --config.method.lora.rank=4
 `efft train --helpfull` lists them all, `efft methods` the configs that come with efft."""
+
+RECORDS = Flag('runs', 'records.jsonl, or folders with one: runs/a,runs/b', None, True)
+SCORED = Flag(
+  'split', 'report: the half of validation that chose nothing', 'report', False, ('report', 'test')
+)
+LIMITS = {
+  'max_latency_ms': 'of one call, the median',
+  'max_size_mb': 'on disk',
+  'max_memory_mb': 'of a training step, or as --memory says',
+  'max_trained': 'trained parameters',
+  'max_train_seconds': 'of training',
+  'min_metric': 'score on --split; of a loss, the most that it may be',
+  'min_relative_metric': "share of the best arm's score: 0.97",
+}
 
 WORKDIR = Flag('workdir', 'run folder to make, or to continue', None, True)
 RESUME = Flag(
@@ -227,6 +289,59 @@ VERBS = {
       Flag('task', 'its task, to evaluate and train on: mrpc, or reviews.csv,text=review'),
       Flag('labels', "class names in the order of its head's outputs: bad,good"),
       Flag('max_length', 'tokens', '128'),
+    ),
+  ),
+  'bench': Verb(
+    _bench,
+    'measure how long a run takes to answer, by batch, length and precision',
+    (
+      RUN,
+      Flag('batch', 'texts at a time', '1,8,32'),
+      Flag('length', 'tokens of each; without it, 32,128,512 as far as the model goes'),
+      Flag('precision', 'f32, bf16; int8: merged, then rounded', 'f32,bf16,int8'),
+      Flag('merged', 'fold what was trained into the weights first', False),
+      Flag('output', 'JSONL file to which a record of the run with these times is added'),
+      Flag('seconds', 'for how long each combination is measured', '2'),
+    ),
+  ),
+  'sweep': Verb(
+    _sweep,
+    'make the runs of a study that are not recorded yet',
+    (
+      Flag('study', 'a Python file that yields runs, as experiments/example/study.py', None, True),
+      Flag('workdir', 'folder of records.jsonl; several sweeps may share it', None, True),
+      Flag('shard', 'i/n: every n-th run, from the i-th', '0/1'),
+      Flag('jobs', 'processes at once; on a CPU each gets its share of the cores', '1'),
+      Flag('dry_run', 'list the runs and what is known of them', False),
+      Flag('retry_failed', 'make runs again that have failed', False),
+    ),
+    'Stopped in any way, the same command goes on; runs that had begun, where they were.',
+  ),
+  'report': Verb(
+    _report,
+    'tables, plots and a page of what recorded runs reach and cost',
+    (
+      RECORDS,
+      Flag('output', 'folder to make; an earlier report is replaced', None, True),
+      Flag('against', 'other runs: what has changed since, arm by arm'),
+      Flag('baseline', 'arm that others are tested against; without it, full or the largest'),
+      SCORED,
+      Flag('title', 'of the page', 'What it costs'),
+    ),
+  ),
+  'recommend': Verb(
+    _recommend,
+    'the best recorded configuration under limits, and what each limit costs',
+    (
+      RECORDS,
+      Flag('task', 'of the records, where they hold several'),
+      Flag('output', 'folder to make: config.json and the recommendation'),
+      SCORED,
+      *(Flag(name, about) for name, about in LIMITS.items()),
+      Flag('latency_batch', 'texts a call; without it, 1 where that was measured'),
+      Flag('latency_length', 'tokens of each; without it, 128 where that was measured'),
+      Flag('size', 'of --max_size_mb', 'whole', False, ('whole', 'bundle')),
+      Flag('memory', 'of --max_memory_mb', 'step', False, ('step', 'inference', 'peak')),
     ),
   ),
   'inspect': Verb(

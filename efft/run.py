@@ -10,30 +10,33 @@ The same job as the first lines of the README:
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from efft import assemble, files, tree
+from efft import assemble, bundle, files, tree
+from efft.bench import latency, record, show
 from efft.classifier import Classifier, chunks
 from efft.combining import combine
 from efft.data import sources
 from efft.data.splits import Split
 from efft.data.tasks import TASKS
 from efft.errors import InputError, unknown
-from efft.eval import evaluate as scoring
 from efft.exchange import export, import_adapter
 from efft.merging import merge
 from efft.models import hub
 from efft.pipeline import compress, train
-from efft.training import losses
+from efft.progress import logs
+from efft.report.publish import report
+from efft.report.recommend import recommend
+from efft.sweep import sweep
 
 log = logging.getLogger(__name__)
 
 __all__ = [
-  'combine', 'compress', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect', 'merge',
-  'predict', 'train',
+  'bench', 'combine', 'compress', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect',
+  'merge', 'predict', 'recommend', 'report', 'sweep', 'train',
 ]  # fmt: skip
 
 
@@ -54,10 +57,7 @@ def evaluate(run, *, split: str = 'validation') -> dict:
     what = 'which has no labels' if split in data.splits else 'which the task does not have'
     raise InputError('--split', f'{split!r}, {what}', f'one of {", ".join(labelled)}', 'choose it')
   part = data.splits[split]
-  logits = model.logits(part.texts, part.pairs)
-  names = (*data.metrics, *(('ece',) if data.kind == 'single' else ()))
-  scores = scoring.score(names, losses.build(data.kind), part.labels, logits, data.kind)
-  return {**scores, 'examples': len(part)}
+  return {**record.scores(model, data, part), 'examples': len(part)}
 
 
 def predict(
@@ -93,6 +93,52 @@ def predict(
   files.atomic_write(output, ''.join(line + '\n' for line in lines))
   log.info('%s: %d records', output, len(lines))
   return iter(())
+
+
+def bench(
+  run, *, batch: Sequence[int] = (1, 8, 32), length: Sequence[int] | None = None,
+  precision: Sequence[str] = tuple(latency.PRECISIONS), merged: bool = False, output=None,
+  seconds: float = 2.0, on_row: Callable[[dict], None] = lambda row: None,
+) -> list[dict]:  # fmt: skip
+  """Measures how long a model takes, by batch, length and precision, on one device.
+
+  Args:
+    run: a run folder or a bundle.
+    batch, length, precision: all combinations; without lengths, 32, 128 and 512 tokens as far as
+      the encoder has positions. Precisions: see `efft.bench.latency.measure`.
+    merged: fold deltas into the weights first; otherwise they act beside them.
+    output: a JSONL file, to which a record of the run is added that has these rows, and the run's
+      scores, sizes and costs (`efft.bench.record`).
+    seconds: for how long each combination is measured.
+    on_row: called with each row when it is there.
+
+  Returns:
+    A row for each combination.
+
+  Raises:
+    InputError: no bundle, nothing that can be measured, deltas that do not merge, or, with
+      `output`, no finished run.
+  """
+  if not 0 < seconds < float('inf'):
+    raise InputError('--seconds', repr(seconds), 'a number above 0', 'correct it')
+  content = bundle.load(run)
+  asked = latency.cells(content, batch, length, precision)
+  if output is not None:
+    record.finished(Path(run))
+    if not Path(output).absolute().parent.is_dir():
+      raise InputError('--output', repr(str(output)), 'a file in a folder that exists', 'make it')
+  rows = []
+  with logs() as console, show.Bar(console) as bar:
+    for row in latency.measure(
+      content, str(run), asked, merged=merged, seconds=seconds, announce=bar.announce
+    ):
+      rows.append(row)
+      on_row(row)
+      bar.row(row)
+  if output is not None:
+    root = Path(output).absolute().parent
+    record.append(output, record.measure(run, root=root, latency=rows))
+  return rows
 
 
 def inspect(config) -> dict:

@@ -13,8 +13,9 @@ ROOT = Path(efft.__file__).parent
 # From the bottom up. Parts of one row know nothing of each other.
 LAYERS = (
   {'errors', 'cpu', 'formats', 'qtensor'},
-  {'files', 'tree', 'fields', 'functions', 'compact', 'arithmetic'},
-  {'config', 'data', 'progress', 'trackers', 'quantize'},
+  {'files', 'tree', 'fields', 'functions', 'compact', 'arithmetic', 'programs'},
+  {'config', 'data', 'progress', 'trackers', 'quantize', 'report'},
+  {'alike'},
   {'models', 'mesh', 'checkpoint', 'bundle'},
   {'peft'},
   {'training', 'transfer', 'interop', 'compress'},
@@ -24,8 +25,10 @@ LAYERS = (
   {'classifier', 'combining'},
   {'teacher'},
   {'finetune'},
-  {'merging'},
+  {'merging', 'population'},
   {'exchange', 'pipeline'},
+  {'bench'},
+  {'sweep'},
   {'run'},
   {'demo'},
   {'command'},
@@ -46,6 +49,7 @@ WITHOUT_JAX = (
   'compact',
   'config',
   'data',
+  'report',
   'command',
   'main',
 )

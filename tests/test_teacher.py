@@ -107,7 +107,7 @@ def test_a_student_of_another_size_comes_closer_and_goes_on_after_a_kill(
   world, tmp_path, monkeypatch, caplog
 ):
   """With every loss at once; the second sitting finds the cache damaged, and the same bits."""
-  steps = {'train.steps': 40, 'train.eval_steps': 20}
+  steps = {'train.steps': 60, 'train.eval_steps': 20}
   whole = finetune.train(student(world, **EVERYTHING, **steps), tmp_path / 'whole')
   finetune.train(student(world, **{'distil.teacher': ''}, **steps), tmp_path / 'alone')
   assert distance(world, tmp_path / 'whole') < 0.5 * distance(world, tmp_path / 'alone')

@@ -11,17 +11,12 @@ import numpy as np
 
 from efft import assemble, finetune, tree
 from efft import config as configs
+from efft.alike import VARIES, common, paths, varies
 from efft.assemble import Job
 from efft.data import batches
 from efft.errors import InputError
 from efft.training import loop
 
-# Fields in which members may differ; what else a config says is the same in all.
-VARIES = (
-  'seed', 'task.*', 'model.dropout', 'method.*.alpha', 'method.*.rank', 'optim.lr',
-  'optim.weight_decay', 'optim.groups.*.lr', 'optim.groups.*.weight_decay',
-)  # fmt: skip
-_VARIES = re.compile('|'.join(re.escape(name).replace(r'\*', '.+') for name in VARIES))
 RATES = ('dropout', 'attention_dropout', 'head_dropout')
 _WHERE, _FIX = 'population', 'train it by itself'
 
@@ -55,16 +50,6 @@ class Member:
   @property
   def labels(self) -> int:
     return self.job.base.cfg.num_labels
-
-
-def common(config) -> dict | None:
-  """What has to be the same in all members, {field: value}; None where a run can only go alone."""
-  config = configs.resolve(config)
-  alone = config['stages'] or config['distil']['teacher'] or config['mesh']['distributed']
-  chosen = any('transform' in fields for fields in config['optim']['groups'].values())
-  if alone or chosen:
-    return None
-  return {path: x for path, x in _paths(config).items() if not _VARIES.fullmatch(path)}
 
 
 def gather(resolved: Sequence[dict], workdirs: Sequence[Path]) -> list[Member]:
@@ -153,10 +138,10 @@ def _differences(members: list[Member]) -> None:
 
   A smaller rank is the largest with another alpha: see `Delta.scale`.
   """
-  flat = [_paths(m.config) for m in members]
+  flat = [paths(m.config) for m in members]
   for m, own in zip(members, flat, strict=True):
     m.numbers = {f'rate.{name}': getattr(m.job.base.cfg, name) for name in RATES}
-    m.numbers |= {path: own[path] for path in own if _VARIES.fullmatch(path) and _number(own[path])}
+    m.numbers |= {path: own[path] for path in own if varies(path) and _number(own[path])}
     m.numbers = {path: x for path, x in m.numbers.items() if not _by_itself(path)}
   for path in (path for path in flat[0] if re.fullmatch(r'method\..+\.rank', path)):
     _, name, _ = path.split('.')
@@ -198,12 +183,3 @@ def put(config: Mapping, numbers: Mapping) -> dict:
       node = node[group]
     node[last] = value
   return config
-
-
-def _paths(config: Mapping, prefix: str = '') -> dict[str, Any]:
-  """{'optim.groups.head.lr': 1e-3, ...} of all of a resolved config."""
-  found = {}
-  for key, value in config.items():
-    nested = isinstance(value, Mapping) and value
-    found |= _paths(value, f'{prefix}{key}.') if nested else {prefix + key: value}
-  return found

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 NEVER = -1e9  # the bias of a class that a task does not have
 PLACES = 8
+PACED = 12  # steps timed alone, the first two of which do not count
 
 
 def train(
@@ -202,7 +203,24 @@ class _Population:
         start = stop
       for m in members:
         m.ended = m.ended or ('', self.total)
+      self._pace()
       return [self._finish(m, time.time() - begin) for m in members]
+
+  def _pace(self) -> None:
+    """What a step costs one member that is alone: the times of a population are of all together."""
+    m, size = self.members[0], self.options['batch_size']
+    seen = [m.feed.batch(i) for i in range(min(self.total, finetune.LOOKED_AT))]
+    take = jax.jit(self._step, donate_argnums=0)
+    state, given = jax.device_put(m.state), (self._numbers(m), self.own[id(m)], self.shared)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    usual = finetune.usual(seen)
+    taken = []
+    for _ in range(PACED):
+      begin = time.perf_counter()
+      state, _ = jax.block_until_ready(take(state, *given, usual))
+      taken.append(time.perf_counter() - begin)
+    self.rate = size / float(np.median(taken[2:]))
+    self.cost = finetune.cost(take, like, given, usual)
 
   def _waves(self, rungs: dict[int, int]) -> list[int]:
     """Steps of each turn on the device."""
@@ -312,11 +330,11 @@ class _Population:
       step.State(last, m.config['seed'], own, None), best_step, last,
       m.memo.best_metrics if best_step == m.memo.best_step else m.memo.last_metrics,
       seconds=self.clock.seconds * share, compile_seconds=self.clock.compile_seconds * share,
-      examples_per_second=self.clock.rate(),
+      examples_per_second=self.rate,
     )  # fmt: skip
     pieces = self.options['accumulate']
     results = finetune.hand_on(m.job, fit, m.workdir, seconds * share, accumulate=pieces)
-    results['population'] = len(self.members)
+    results |= {'population': len(self.members), 'step': self.cost}
     if m.config['task']['halves']:
       results['report'] = self._score(m, weights, 'report')
     finetune.finish(m.job, results, m.workdir)
