@@ -36,5 +36,6 @@ ROWS = (
   Row('adamix_lora', L * 4 * 2 * 4 * 2 * D, merges=True),
   Row('propetl_adapter', PROTOTYPE + 64 + D + L * PROTOTYPE, start=1e-1),
   Row('propetl_lora', 2 * 32 * 2 * D * (1 + L), merges=True, slices=False),
+  Row('propetl_prefix', 2 * 64 * D * (1 + L), start=3.0, slices=False),
   Row('ladder', (L + 1) * (D * W + W) + L * (12 * W * W + 10 * W + 1) + W * D + D, start=5.0),
 )

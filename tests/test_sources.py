@@ -340,6 +340,16 @@ def test_fraction_thins_training_alone(tmp_path):
     data.load(where, fraction=0)
 
 
+def test_a_copy_at_hand_is_read_in_place_of_the_source(tmp_path, monkeypatch):
+  for split in ('train', 'validation'):
+    rows = [(f'{split} {i}', i % 2) for i in range(12)]
+    write(tmp_path / 'cola' / f'{split}.csv', rows, header=('sentence', 'label'))
+  monkeypatch.setenv('EFFT_DATA', str(tmp_path))
+  found = data.load('cola')
+  assert found.splits['train'].texts == [f'train {i}' for i in range(12)]
+  assert found.labels == ('unacceptable', 'acceptable') and found.metrics[0] == 'matthews'
+
+
 def test_halves_cut_validation_alone(tmp_path):
   where = folder(tmp_path)
   whole, cut = data.load(where), data.load(where, halves=True, seed=3)

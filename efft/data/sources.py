@@ -1,6 +1,7 @@
 """From a task's name, or the user's file or folder, to a checked data set."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def load(
 
   Args:
     name: a row of TASKS, or a csv, tsv, jsonl, parquet file, or a folder of them.
-    path: a file or folder to read a named task from, in place of its own source.
+    path: a file or folder to read a named task from, in place of its own source. Without it,
+      $EFFT_DATA/NAME is read where there is such a folder.
     text, pair, label: columns; found by name or content where not given. label=a+b+c: 0/1 columns.
     labels: class names in class order, a sequence or joined by '+'.
     kind: 'auto', 'single', 'multi' or 'regression'.
@@ -172,7 +174,7 @@ def _tables(
 ) -> tuple[dict[str, Table], bool]:
   """Per split one table, and whether a single file is all there is."""
   own = dict(row.splits) if row else {split: split for split in SPLITS}
-  place = path or (None if row else name)
+  place = path or (_at_hand(name) if row else name)
   if place is None:
     named = {split: value for split, value in given.items() if value in own.values()}
     chosen = {
@@ -197,6 +199,13 @@ def _tables(
     if not len(table):
       raise InputError(table.file, f'no rows for {split}', 'one or more', 'give another file')
   return {split: found[split] for split in sorted(found, key=_order)}, single
+
+
+def _at_hand(name: str) -> str | None:
+  """$EFFT_DATA/NAME, where that is a folder: a copy of a task is read in place of its source."""
+  folder = os.environ.get('EFFT_DATA')
+  place = os.path.join(folder, name) if folder else ''
+  return place if place and os.path.isdir(place) else None
 
 
 def _source(row: Task, wanted: Mapping[str, str]) -> dict[str, Table]:

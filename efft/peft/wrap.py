@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from efft.peft import adapter, lora
+from efft.peft import adapter, lora, prefix
 from efft.peft.base import Delta, Site, at_path
 from efft.peft.updates import QUERY_VALUE
 
@@ -111,7 +111,7 @@ def mixture(delta: Delta, experts: int) -> Delta:
     own = {name.removeprefix('experts_'): take(x) for name, x in p.items()}
     return _expanded(delta, own, path, key)
 
-  return delta._replace(init=init, expand=expand)
+  return delta._replace(init=init, expand=expand, scale=None)
 
 
 def masked(delta: Delta, leaves: Sequence[str], keep: float) -> Delta:
@@ -140,16 +140,17 @@ def masked(delta: Delta, leaves: Sequence[str], keep: float) -> Delta:
   def shared(key, sites):
     out = {}
     for path, site in sites.items():
-      prefix = kind(path, site.y.shape[-1])
-      if not any(name.startswith(prefix) for name in out):
-        made = delta.init(jax.random.fold_in(key, zlib.crc32(prefix.encode())), site)
-        out |= {prefix + leaf: x for leaf, x in made.items()}
+      shapes = jax.eval_shape(lambda key, site=site: delta.init(key, site), key)
+      name = kind(path, shapes[leaves[-1]].shape[-1])
+      if not any(known.startswith(name) for known in out):
+        made = delta.init(jax.random.fold_in(key, zlib.crc32(name.encode())), site)
+        out |= {name + leaf: x for leaf, x in made.items()}
     return out
 
   def expand(p, path, key):
     scores = {leaf: p[f'{leaf}_scores'] for leaf in leaves}
-    prefix = kind(path, scores[leaves[-1]].shape[-1])
-    own = {n.removeprefix(prefix): x for n, x in p.items() if n.startswith(prefix)}
+    start = kind(path, scores[leaves[-1]].shape[-1])
+    own = {n.removeprefix(start): x for n, x in p.items() if n.startswith(start)}
     own |= {leaf: own[leaf] * largest(scores[leaf], keep) for leaf in leaves}
     return _expanded(delta, own, path, key)
 
@@ -158,7 +159,7 @@ def masked(delta: Delta, leaves: Sequence[str], keep: float) -> Delta:
       name: largest(x, keep) > 0.5 if name.endswith('_scores') else x for name, x in p.items()
     }
 
-  return delta._replace(init=init, shared=shared, expand=expand, pack=pack)
+  return delta._replace(init=init, shared=shared, expand=expand, pack=pack, scale=None)
 
 
 def largest(scores, keep: float):
@@ -246,6 +247,18 @@ def propetl_lora(
   as many scores a kernel. Merges.
   """
   return masked(lora.lora(rank, alpha, at=at), ('a', 'b'), keep)
+
+
+def propetl_prefix(length: int = 64, keep: float = 0.5) -> Delta:
+  """ProPETL (Zeng et al. 2023, https://arxiv.org/abs/2305.17682), of prefixes.
+
+  The keys and values of one prefix for all layers, each with its own masks of both: see `masked`.
+  The authors train the prefixes through a network, whose kernels they mask: here the prefixes
+  themselves train, as in `prefix.prefix` with hidden=0. Trains 2 length d numbers, and as many
+  scores a layer. Not the identity at the start.
+  """
+  (whole,) = prefix.prefix(length)
+  return masked(whole, ('k', 'v'), keep)
 
 
 def _expanded(delta: Delta, p, path: str, key):

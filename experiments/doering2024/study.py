@@ -1,0 +1,41 @@
+"""Doering et al. 2024 (arXiv 2401.04051): BitFit, adapters, full fine-tuning, by data and by time.
+
+    export EFFT_DATA=FOLDER    # sst2/, mrpc/, cola/ and stsb/, where the hub is out of reach
+    efft sweep --study=experiments/doering2024/study.py --workdir=experiments/doering2024
+
+The paper's abstract: BitFit keeps up with full fine-tuning at all amounts of data and time, is
+stable from 30 % of the data on and better in the middle; adapters vary. Here: all-MiniLM-L6-v2 on
+the paper's three tasks, five seeds that train together. By data: nested subsets, the same number of
+steps for all. By time: all of the data, as many steps as fit into a budget, by the speed of each
+method that was measured on two cores of a Xeon (Ice Lake).
+"""
+
+from efft.sweep import Run, product, seeds
+
+TASKS = {'mrpc': 64, 'cola': 24, 'stsb': 48}
+METHODS = {'bitfit': 3e-3, 'pfeiffer': 1e-3, 'full': 1e-4}
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+STEPS = 120
+SECONDS = (15, 30, 60)
+# Steps of 16 examples in a second, of a run alone; see `train.step_ms` of the records of 'full'.
+SPEED = {
+  ('mrpc', 'bitfit'): 3.2, ('mrpc', 'pfeiffer'): 3.2, ('mrpc', 'full'): 2.2,
+  ('cola', 'bitfit'): 8.0, ('cola', 'pfeiffer'): 8.0, ('cola', 'full'): 4.8,
+  ('stsb', 'bitfit'): 4.4, ('stsb', 'pfeiffer'): 4.4, ('stsb', 'full'): 3.0,
+}  # fmt: skip
+
+
+def runs():
+  for task, length in TASKS.items():
+    for method, rate in METHODS.items():
+      fixed = {
+        'model.max_length': length, 'train.batch_size': 16, 'optim.lr': rate, 'train.save': 'last',
+      }  # fmt: skip
+      budgets = [
+        *((f'{method}', STEPS, fraction) for fraction in FRACTIONS),
+        *((f'{method}, {s} s', round(s * SPEED[task, method]), 1.0) for s in SECONDS),
+      ]
+      for arm, steps, fraction in budgets:
+        more = {'train.steps': steps, 'train.eval_steps': steps, 'task.fraction': fraction}
+        for overrides in product([fixed | more], seeds(5)):
+          yield Run(arm, f'configs/{method}.py:task={task}', overrides)

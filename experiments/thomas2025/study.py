@@ -1,0 +1,58 @@
+"""Thomas 2025 (ESP-IJACT 3(3):1-7): fine-tuning, adapters, pruning, quantisation, and all at once.
+
+    export EFFT_DATA=FOLDER    # sst2/, mrpc/, cola/ and stsb/, where the hub is out of reach
+    efft sweep --study=experiments/thomas2025/study.py --workdir=experiments/thomas2025
+
+The paper compares adapters and LoRA, the removal of layers, and quantisation on sentiment and topic
+classification, by training and inference speed, memory and score; it names neither models nor
+numbers, so directions are compared. Here: all-MiniLM-L6-v2, two tasks of each kind, three seeds.
+Short texts and few steps, so that it ends within hours on two cores. Runs are trained one by one,
+because their speed and memory are what is compared.
+"""
+
+from efft.fields import FULL
+from efft.sweep import Run, product, seeds
+
+POPULATIONS = False
+LATENCY = [(1, 64, 'f32'), (32, 64, 'f32')]
+STEPS = 200
+TASKS = {'sst2': 48, 'rotten_tomatoes': 48, 'r8': 64, '20newsgroups': 96}
+TUNE = {'optim': {'lr': 1e-4}}
+LORA = {'method': {'lora': {'fn': 'lora.lora'}}, 'optim': {'lr': 2e-3}}
+LORA['rules'] = (('params/head/.*', 'head'), ('delta/.*', 'delta'), ('.*', 'frozen'))
+LAYERS = {'fn': 'prune.layers', 'remove': 0.5, 'how': 'spread'}
+TRIPLE = {'distil': {'teacher': 'unpruned', 'hidden': 0.3, 'hidden_loss': 'cosine'}}
+TRIPLE['distil']['layers'] = 'last'
+AFTER = {'train': {'steps': STEPS // 2, 'eval_steps': STEPS // 2}}
+INT8 = {'fn': 'quant.quantize', 'format': 'int8'}
+
+# config, what it changes, stages
+ARMS = {
+  'head': ('head', {'optim.lr': 3e-3}, {}),
+  'full': ('full', {'optim.lr': 1e-4}, {}),
+  'adapter': ('pfeiffer', {'optim.lr': 1e-3}, {}),
+  'lora': ('lora', {'optim.lr': 2e-3}, {}),
+  'layers': ('full', {'optim.lr': 1e-4}, {'s1': {}, 's2': LAYERS, 's3': {**TRIPLE, **AFTER}}),
+  'int8': ('full', {'optim.lr': 1e-4}, {'s1': {}, 's2': INT8}),
+  'lora on int8': ('lora_int8', {'optim.lr': 2e-3}, {}),
+  'layers + int8': (
+    'full', {'optim.lr': 1e-4}, {'s1': {}, 's2': LAYERS, 's3': {**TRIPLE, **AFTER}, 's4': INT8},
+  ),
+  'layers + int8 + lora': (
+    'full', {'optim.lr': 1e-4},
+    {'s1': {}, 's2': LAYERS, 's3': INT8, 's4': {**LORA, **TRIPLE, **AFTER}},
+  ),
+}  # fmt: skip
+
+
+def runs():
+  for task, length in TASKS.items():
+    for arm, (config, change, stages) in ARMS.items():
+      fields = {
+        'model.max_length': length, 'train.batch_size': 16, 'train.steps': STEPS,
+        'train.eval_steps': STEPS, 'train.save': 'last', **change,
+      }  # fmt: skip
+      if stages:
+        fields |= {'stages': stages, 'rules': FULL}
+      for overrides in product([fields], seeds(3)):
+        yield Run(arm, f'configs/{config}.py:task={task}', overrides)

@@ -1,0 +1,42 @@
+"""Xu et al. 2023 (arXiv 2312.12148): the thirteen rows of their GLUE table, on four tasks.
+
+    export EFFT_DATA=FOLDER    # sst2/, mrpc/, cola/ and stsb/, where the hub is out of reach
+    efft sweep --study=experiments/xu2023/study.py --workdir=experiments/xu2023
+
+The survey tunes RoBERTa on eight tasks of GLUE; here all-MiniLM-L6-v2 on the four smaller ones, 250
+steps, three seeds that train together. Learning rates are those of the configs times a factor that
+the better half chooses: 1 or 3. For the paper's own models: change MODEL, and STEPS to ten epochs.
+"""
+
+from efft.sweep import Run, grid, product, seeds
+
+MODEL = 'all-MiniLM-L6-v2'
+STEPS = 250
+TASKS = {'cola': 24, 'sst2': 40, 'mrpc': 64, 'stsb': 48}
+# row of the table: (config, learning rate, what else it says here)
+ROWS = {
+  'FT': ('full', 1e-4, {}),
+  'Adapter^S': ('houlsby', 5e-4, {}),
+  'Prompt-tuning': ('prompt', 1e-2, {}),
+  'Prefix-tuning': ('prefix', 3e-3, {}),
+  '(IA)^3': ('ia3', 1e-2, {}),
+  'BitFit': ('bitfit', 3e-3, {}),
+  'Child-Tuning_D': ('child_d', 1e-4, {}),
+  'LoRA': ('lora', 1e-3, {}),
+  'AdaLoRA': ('adalora', 1e-3, {}),
+  'MAM': ('mam', 1e-4, {}),
+  'ProPELT_Adapter': ('propetl_adapter', 1e-3, {}),
+  'ProPELT_Prefix': ('propetl_prefix', 1e-3, {}),
+  'ProPELT_LoRA': ('propetl_lora', 1e-3, {}),
+}
+
+
+def runs():
+  for task, length in TASKS.items():
+    for row, (config, rate, more) in ROWS.items():
+      fixed = {
+        'model.name': MODEL, 'model.max_length': length, 'train.batch_size': 16,
+        'train.steps': STEPS, 'train.eval_steps': STEPS, 'train.save': 'last', **more,
+      }  # fmt: skip
+      for overrides in product([fixed], grid({'optim.lr': [rate, 3 * rate]}), seeds(3)):
+        yield Run(row, f'configs/{config}.py:task={task}', overrides)
