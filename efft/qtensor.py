@@ -146,8 +146,9 @@ def scales(w: np.ndarray, codes: str, block: int = 0, axis: int = 0) -> np.ndarr
   split = (size // block, block)
   cut = w.reshape(*split, w.shape[1]) if axis == 0 else w.reshape(w.shape[0], *split)
   largest = np.abs(cut).max(axis + 1)
-  # A block of zeros is zeros times anything.
-  return np.where(largest > 0, largest / np.float32(TOP.get(codes, 1)), np.float32(1))
+  scale = largest / np.float32(TOP.get(codes, 1))
+  # A block of zeros is zeros times anything; so is one whose scale is too small for a float32.
+  return np.where(scale > 0, scale, np.float32(1))
 
 
 def quantize(

@@ -138,26 +138,6 @@ def test_dropout_is_even_along_every_axis():
     assert 0.8 < share.var() / (rate * (1 - rate) / n) < 1.25
 
 
-def test_rows_of_an_array_are_unrelated():
-  """Of the arrays that the model drops: none is a copy of another, as it is or shifted."""
-  for shape in ((4, 32, 2048), (4, 8, 32, 256)):
-    bits = np.asarray(dots.hash_bits(jnp.asarray(SEED, jnp.uint32), shape)).reshape(-1, shape[-1])
-    rows, n = bits.shape
-    masks = bits < 0.1 * 2**32
-    masks = (masks - 0.1) / 0.3
-    close_to = np.abs(masks @ masks.T / n - np.eye(rows))
-    assert close_to[~np.eye(rows, dtype=bool)].max() < 6.5 / np.sqrt(n)
-    assert len(np.unique(bits)) > bits.size * 0.999
-
-
-@pytest.mark.parametrize('longer', [(3, 8, 5), (4, 5, 5), (3, 5, 9)])
-def test_what_is_dropped_does_not_hang_on_the_padding(longer):
-  seed = jnp.asarray(SEED, jnp.uint32)
-  short = (3, 5, 5)
-  every = np.asarray(dots.hash_bits(seed, longer))
-  np.testing.assert_array_equal(every[:3, :5, :5], dots.hash_bits(seed, short))
-
-
 def test_a_rate_that_is_computed_with_drops_the_same():
   x, rates = normal(0, 4096), (0.0, 0.1, 0.25, 0.5)
   drop = jax.jit(jax.vmap(lambda rate: dots.drop(x, jnp.asarray(SEED, jnp.uint32), rate)))

@@ -355,7 +355,11 @@ def fake(tmp_path):
   def start(file, *flags):
     command = [sys.executable, '-c', PARENT, str(script), 'sweep', f'--study={file}']
     command += [f'--workdir={tmp_path}/out', *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      # Whoever starts the tests in the background has interrupts ignored, and so would the sweep.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
   return start
 
@@ -432,6 +436,7 @@ def test_sigterm_ends_the_children_first(tmp_path, fake):
 
 def test_signals_are_taken_down_and_given_back():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+  interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
   handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   try:
     with launch._signals() as came:
@@ -442,6 +447,7 @@ def test_signals_are_taken_down_and_given_back():
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
   finally:
     signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def test_failures_are_recorded_and_told(tmp_path, fake):

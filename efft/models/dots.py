@@ -6,6 +6,8 @@ accumulator is free. JAX's transposition rule would contract the float32 cotange
 operand, so each product here brings its own backward pass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -114,11 +116,10 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def drop(x, seed, rate):
   """Dropout: zeroes each element with probability `rate`, scales the others by 1 / (1 - rate).
 
-  The bits are a hash of the element's indices and the seed: a few integer operations that fuse
+  The bits are a hash of the element's index and the seed: a few integer operations that fuse
   with their surroundings, instead of a threefry call per element (a quarter of a training step
-  on CPU). An element's fate depends on nothing but the seed and where it is: not on how the array
-  is sharded, nor on how far a batch is padded. The backward pass draws it again instead of storing
-  it.
+  on CPU). The mask depends on nothing but (seed, shape), so it is the same however the array is
+  sharded, and the backward pass draws it again instead of storing it.
 
   Args:
     x: any float array.
@@ -157,22 +158,13 @@ def _drop(x, draw):
 _drop.defvjp(lambda x, draw: (_drop(x, draw), draw), lambda draw, g: (_drop(g, draw), None))
 
 
-# Odd, one an axis from the last: steps of 2**32 / the golden ratio and other irrational numbers.
-_STEPS = 1, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
-
-
 def hash_bits(seed, shape):
-  """uint32 bits of `shape`, uniform: murmur3's finaliser over a sum of the indices.
+  """uint32 bits of `shape`, uniform: murmur3's finaliser over the index.
 
-  Each axis goes on in steps of its own, which do not depend on the shape: a longer array has the
-  same bits where the shorter one has any. One half of the seed enters before the first
-  multiplication and the other after it, so that two seeds do not give shifted copies of one
-  sequence.
+  One half of the seed enters before the first multiplication and the other after it, so that two
+  seeds do not give shifted copies of one sequence.
   """
-  index = jnp.zeros(shape, jnp.uint32)
-  for axis in range(len(shape)):
-    place = lax.broadcasted_iota(jnp.uint32, shape, axis)
-    index += place * jnp.uint32(_STEPS[len(shape) - 1 - axis])
+  index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
   h = index ^ seed[0]
   h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
   h = h + seed[1]

@@ -5,8 +5,9 @@
 
 `jax.vmap` goes over what trains (delta, head, optimiser) and over what the members' configs differ
 in; the frozen encoder is there once, and its products see the examples of all members as one batch.
-Each member has its own order of examples and draws of dropout, those that it would have alone, and
-leaves the run folder that it would leave alone: the same up to rounding.
+Each member has its own order of examples and draws of dropout, and leaves the run folder that it
+would leave alone: the same up to rounding, but for dropout in steps in which another member's batch
+is longer, because the shape that is drawn for is then another.
 
 Ranks are filled up with zeros to the largest, heads with classes that cannot be chosen: where one
 factor of a product is zero no gradient reaches the other, so both stay what they are.
