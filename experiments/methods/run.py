@@ -10,8 +10,8 @@ way and on the same half. The other half is reported. What records.jsonl has is 
 the command may be stopped and started at will; several at once share the work by --shard (on a CPU:
 one for each core, each under `taskset -c`). `table.py` makes the table.
 
-Seeds and rates of a config train in one population (`efft.population`) where it can be in one.
-What a method costs is measured apart, by `speed.py`, on a machine that does nothing else.
+Seeds and rates of a config train in one population (`efft.population`) where it can be in one; so
+nothing is said here of the speed and memory of a run that is alone.
 """
 
 import itertools
