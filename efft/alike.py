@@ -11,12 +11,8 @@ VARIES = (
   'seed', 'task.*', 'model.dropout', 'method.*.alpha', 'method.*.rank', 'optim.lr',
   'optim.weight_decay', 'optim.groups.*.lr', 'optim.groups.*.weight_decay',
 )  # fmt: skip
+PLACES = 8  # members that train side by side, unless told otherwise
 _VARIES = re.compile('|'.join(re.escape(name).replace(r'\*', '.+') for name in VARIES))
-
-
-def varies(path: str) -> bool:
-  """Whether members may differ in a field."""
-  return _VARIES.fullmatch(path) is not None
 
 
 def common(config) -> dict | None:
@@ -25,7 +21,27 @@ def common(config) -> dict | None:
   alone = config['stages'] or config['distil']['teacher'] or config['mesh']['distributed']
   if alone or any('transform' in fields for fields in config['optim']['groups'].values()):
     return None
-  return {path: x for path, x in paths(config).items() if not varies(path)}
+  return {path: x for path, x in paths(config).items() if not varies(path, x)}
+
+
+def varies(path: str, value: Any) -> bool:
+  """Whether members may differ in a field of this value; in optimiser and methods, in numbers."""
+  return _VARIES.fullmatch(path) is not None and (_elsewhere(path) or _number(value))
+
+
+def numbers(config: Mapping) -> dict[str, float]:
+  """{field: value} of those in which members may differ and which a program computes with."""
+  found = paths(config).items()
+  return {p: x for p, x in found if varies(p, x) and not _elsewhere(p) and not p.endswith('.rank')}
+
+
+def _elsewhere(path: str) -> bool:
+  """Whether a field acts through data, seeds or the encoder's config, which members have each."""
+  return path in ('seed', 'model.dropout') or path.startswith('task.')
+
+
+def _number(x) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def paths(config: Mapping, prefix: str = '') -> dict[str, Any]:

@@ -31,7 +31,7 @@ LAYERS = (
   {'sweep'},
   {'run'},
   {'demo'},
-  {'command'},
+  {'command', 'verbs'},
   {'main'},
   {'__main__'},
 )
@@ -48,9 +48,12 @@ WITHOUT_JAX = (
   'functions',
   'compact',
   'config',
+  'alike',
   'data',
   'report',
+  'sweep',
   'command',
+  'verbs',
   'main',
 )
 

@@ -44,7 +44,7 @@ def run(monkeypatch):
   record('predict', lambda run, texts, **_: ({'text': t, 'label': 'good'} for t in texts or ['f']))
   monkeypatch.setitem(sys.modules, 'efft.run', module)
   monkeypatch.setattr(efft, 'run', module, raising=False)
-  monkeypatch.setattr('efft.main._prepare', lambda: None)  # malloc settings would outlive the test
+  monkeypatch.setattr('efft.verbs.prepare', lambda: None)  # malloc settings would outlive the test
   return module
 
 

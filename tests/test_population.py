@@ -41,7 +41,7 @@ def lora(data, classes=2, **fields):
   given = config.load(f'configs/lora.py:task={data[classes]},model={BERT}')
   # One width for all batches: how far one is padded enters into what dropout draws.
   given.model.max_length, given.model.dropout = 16, 0.1
-  given.task.halves = True
+  given.task.halves, given.train.class_weights = True, 'balanced'
   given.train.batch_size, given.train.steps, given.train.eval_steps = 8, STEPS, 20
   for name, value in fields.items():
     *groups, key = name.split('__')
@@ -59,6 +59,7 @@ MEMBERS = {
   },
   'no dropout, half of the data': {'model__dropout': 0.0, 'task__fraction': 0.5},
   'rank, more dropout': {'method__lora__rank': 3, 'seed': 2, 'model__dropout': 0.3},
+  # Weights by class, which differ in the members.
   'three classes': {'classes': 3},
 }  # fmt: skip
 
@@ -161,6 +162,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(data, tmp_path):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
+    ({'optim__groups': {'head': {'lr': 1e-2}}}, 'another config.optim.groups'),
     ({'train__batch_size': 4}, 'another config.train.batch_size, expected differences in seed, '),
     ({'distil__teacher': 'runs/large'}, 'a teacher, .* expected plain runs'),
     ({'task__fraction': 0.5, 'train__steps': None}, 'train.steps'),
@@ -172,9 +174,26 @@ def test_what_cannot_train_together_is_refused(fields, message, data, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_numbers_that_a_method_decides_by_are_refused(data, tmp_path):
+  own = [lora(data), lora(data, method__lora__alpha=4.0)]
+  for given in own:
+    given.method.lora.alpha_pattern = [('layer_0.*', 2.0)]
+  with pytest.raises(InputError, match='members that differ in method.lora.alpha'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_rank_of_some_sites_alone_is_refused(data, tmp_path):
+  own = [lora(data), lora(data, method__lora__rank=3)]
+  for given in own:
+    given.method.lora.rank_pattern = [('layer_0.*', 2)]
+  with pytest.raises(InputError, match='method.lora: found ranks 3, 8'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+
+
 def test_ranks_of_a_method_that_cannot_be_filled_up_are_refused(data, tmp_path):
   own = [lora(data), lora(data)]
   for rank, given in enumerate(own, 2):
     given.method = {'dora': {'fn': 'lora.dora', 'rank': rank}}
-  with pytest.raises(InputError, match='method.dora.*ranks 2 and 3'):
+  with pytest.raises(InputError, match='method.dora.*ranks 2, 3'):
     population.train(own, [tmp_path / 'a', tmp_path / 'b'])

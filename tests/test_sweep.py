@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from efft import config, files, main
+from efft import alike, config, files, main
 from efft.errors import InputError
 from efft.sweep import launch, show, space, study
 from efft.sweep.records import Records
@@ -581,7 +581,7 @@ def test_what_differs_in_numbers_is_one_job():
   def steps(arm, **fields):
     return planned(arm, **fields, train__steps=9, train__eval_steps=3)
 
-  alike = [planned('a', seed=1), planned('a', seed=2), planned('b', optim__lr=1e-4)]
+  together = [planned('a', seed=1), planned('a', seed=2), planned('b', optim__lr=1e-4)]
   others = [
     planned('c', method__lora__rank=4),  # other shapes
     planned('d', task__fraction=0.5),  # another number of steps
@@ -589,11 +589,11 @@ def test_what_differs_in_numbers_is_one_job():
     planned('f', train__batch_size=4),
   ]
   counted = [steps('g'), steps('g', task__fraction=0.5)]
-  runs = [*alike, *others, *counted]
-  assert study.plan(runs) == [alike, *([run] for run in others), counted]
+  runs = [*together, *others, *counted]
+  assert study.plan(runs) == [together, *([run] for run in others), counted]
   assert study.plan(runs, together=False) == [[run] for run in runs]
   many = [planned('a', seed=seed) for seed in range(20)]
   for jobs in (1, 2, 7):
     found = study.plan(many, jobs=jobs)
     assert [run for group in found for run in group] == many and len(found) >= jobs
-    assert max(map(len, found)) <= study.PLACES
+    assert max(map(len, found)) <= alike.PLACES

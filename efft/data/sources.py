@@ -204,8 +204,8 @@ def _tables(
 def _at_hand(name: str) -> str | None:
   """$EFFT_DATA/NAME, where that is a folder: a copy of a task is read in place of its source."""
   folder = os.environ.get('EFFT_DATA')
-  place = os.path.join(folder, name) if folder else ''
-  return place if place and os.path.isdir(place) else None
+  place = os.path.join(folder or '', name)
+  return place if folder and os.path.isdir(place) else None
 
 
 def _source(row: Task, wanted: Mapping[str, str]) -> dict[str, Table]:

@@ -1,7 +1,6 @@
 """Who trains together: what members may differ in, and what they share."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from efft import assemble, finetune, tree
 from efft import config as configs
-from efft.alike import VARIES, common, paths, varies
+from efft.alike import VARIES, common, numbers
 from efft.assemble import Job
 from efft.data import batches
 from efft.errors import InputError
@@ -71,9 +70,6 @@ def gather(resolved: Sequence[dict], workdirs: Sequence[Path]) -> list[Member]:
       if (total, every) != finetune.course(first)[1:]:
         found = f'{workdir} of {total} steps, evaluated every {every}'
         raise InputError(_WHERE, found, 'one length', 'set train.steps and train.eval_steps')
-      if not np.array_equal(*(np.array(finetune.class_weights(j)) for j in (job, first))):
-        found, expected = f'{workdir} with other rows in a class', 'the same class weights'
-        raise InputError(_WHERE, found, expected, 'write the numbers into train.class_weights')
       job = _sharing(job, first)
     members.append(Member(job, workdir, feed))
   heads = sorted({m.labels for m in members})
@@ -104,24 +100,17 @@ def _sharing(job: Job, first: Job) -> Job:
   """The job with the first one's arrays in place of equal ones of its own."""
   known = tree.flatten(first.variables)
 
-  def share(path, x):
-    other = known.get(path)
-    return other if other is not None and equal(other, x) else x
+  def shared(values, prefix=''):
+    def share(path, x):
+      other = known.get(prefix + path)
+      return other if other is not None and equal(other, x) else x
 
-  values = tree.map_paths(share, job.variables)
+    return tree.map_paths(share, values)
+
+  values = shared(job.variables)
   parts = assemble.partition(values, job.config['rules'])
-  base = dataclasses.replace(job.base, params=tree.map_paths(share_in(values), job.base.params))
+  base = dataclasses.replace(job.base, params=shared(job.base.params, 'params/'))
   return dataclasses.replace(job, variables=values, parts=parts, base=base)
-
-
-def share_in(values: Mapping):
-  """(path below 'params', its pretrained array) -> the equal one of `values`, or itself."""
-  flat = tree.flatten(values['params'])
-
-  def share(path, x):
-    return flat[path] if path in flat and equal(flat[path], x) else x
-
-  return share
 
 
 def equal(a, b) -> bool:
@@ -138,39 +127,22 @@ def _differences(members: list[Member]) -> None:
 
   A smaller rank is the largest with another alpha: see `Delta.scale`.
   """
-  flat = [paths(m.config) for m in members]
-  for m, own in zip(members, flat, strict=True):
+  for m in members:
     m.numbers = {f'rate.{name}': getattr(m.job.base.cfg, name) for name in RATES}
-    m.numbers |= {path: own[path] for path in own if varies(path) and _number(own[path])}
-    m.numbers = {path: x for path, x in m.numbers.items() if not _by_itself(path)}
-  for path in (path for path in flat[0] if re.fullmatch(r'method\..+\.rank', path)):
-    _, name, _ = path.split('.')
-    largest = max(own[path] for own in flat)
-    for m, own in zip(members, flat, strict=True):
-      if own[path] == largest:
-        continue
+    m.numbers |= numbers(m.config)
+  for name, spec in members[0].config['method'].items():
+    ranks = [m.config['method'][name].get('rank') for m in members]
+    if len(set(ranks)) == 1:
+      continue
+    for m, rank in zip(members, ranks, strict=True):
       scale = getattr(m.job.net.deltas[name], 'scale', None)
-      if scale is None or own.get(f'method.{name}.rank_pattern'):
-        found = f'ranks {own[path]} and {largest}'
+      if scale is None or spec.get('rank_pattern'):
+        found = f'ranks {", ".join(map(str, sorted(set(ranks))))}'
         raise InputError(f'config.method.{name}', found, 'one rank of this method', _FIX)
-      m.numbers[f'method.{name}.alpha'] *= scale(own[path]) / scale(largest)
+      m.numbers[f'method.{name}.alpha'] *= scale(rank) / scale(max(ranks))
   same = {path for path in members[0].numbers if len({m.numbers[path] for m in members}) == 1}
   for m in members:
     m.numbers = {path: float(x) for path, x in m.numbers.items() if path not in same}
-
-
-def _by_itself(path: str) -> bool:
-  """Whether a field acts through data, state or shapes, which each member has of its own."""
-  return (
-    path == 'seed'
-    or path == 'model.dropout'
-    or path.startswith('task.')
-    or (path.endswith('.rank'))
-  )
-
-
-def _number(x) -> bool:
-  return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def put(config: Mapping, numbers: Mapping) -> dict:

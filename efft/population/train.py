@@ -5,8 +5,8 @@
 
 `jax.vmap` goes over what trains (delta, head, optimiser) and over what the members' configs differ
 in; the frozen encoder is there once, and its products see the examples of all members as one batch.
-Each member has its own order of examples and draws of dropout, and leaves the run folder that it
-would leave alone: the same up to rounding, but for dropout in steps in which another member's batch
+Each member has its own order of examples and draws of dropout, and ends with the weights and scores
+that it would have alone, up to rounding; but for dropout in steps in which another member's batch
 is longer, because the shape that is drawn for is then another.
 
 Ranks are filled up with zeros to the largest, heads with classes that cannot be chosen: where one
@@ -26,6 +26,7 @@ import numpy as np
 
 from efft import assemble, files, finetune, mesh, progress, trackers, tree
 from efft import config as configs
+from efft.alike import PLACES
 from efft.data import batches
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
@@ -35,7 +36,6 @@ from efft.training import loop, losses, optim, step
 log = logging.getLogger(__name__)
 
 NEVER = -1e9  # the bias of a class that a task does not have
-PLACES = 8
 PACED = 12  # steps timed alone, the first two of which do not count
 
 
@@ -43,9 +43,9 @@ def train(
   members: Sequence, workdirs: Sequence, *, places: int = PLACES,
   rungs: Mapping[int, int] | None = None,
 ) -> list[dict]:  # fmt: skip
-  """Fine-tunes members together; each leaves what `finetune.train` would have left.
+  """Fine-tunes members together; each leaves the bundle, results and metrics of `finetune.train`.
 
-  On one device and without checkpoints: what is stopped begins again.
+  On one device, without checkpoints and train.log: what is stopped begins again.
 
   Args:
     members: configs, as for `finetune.train`, that differ in `VARIES` alone.
@@ -85,7 +85,6 @@ class _Population:
     self.kind, self.ema = first.data.kind, first.config['optim']['ema']
     _, self.total, self.every = finetune.course(first)
     self.loss = losses.build(self.kind, self.options['label_smoothing'])
-    self.class_weights = finetune.class_weights(first)
     self.devices = mesh.make(1)
     self.shapes = {}
     for m in members:
@@ -107,6 +106,21 @@ class _Population:
     self.step = jax.jit(jax.vmap(self._step, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
     self.logits = jax.jit(self._logits)
     self.clock, self.widths = loop.Clock(), set()
+    self._check()
+
+  def _check(self) -> None:
+    """Refuses, before anything is written, methods that decide by a number that members vary."""
+
+    def build(numbers):
+      self._network(numbers)
+      self._optimizer(numbers)
+
+    try:
+      jax.eval_shape(build, self._numbers(self.members[0]))
+    except InputError as error:
+      found = f'members that differ in {", ".join(self.members[0].numbers)}'
+      expected = 'numbers that the method computes with, and does not decide by'
+      raise InputError(error.where, found, expected, 'train them one by one') from None
 
   # The program. `numbers` are the traced values of the fields in which members differ.
 
@@ -120,14 +134,16 @@ class _Population:
     return optim.optimizer(self._config(numbers)['optim'], self.model.parts.groups, self.total)
 
   def _config(self, numbers: Mapping) -> dict:
-    return put(self.model.config, {p: x for p, x in numbers.items() if not p.startswith('rate.')})
+    fields = {p: x for p, x in numbers.items() if p.startswith(('optim.', 'method.'))}
+    return put(self.model.config, fields)
 
   def _step(self, state, numbers, own, frozen, batch):
     net, weight = self._network(numbers), self.options['consistency']
+    weights = numbers.get('class_weights')
     take = step.make_step(
       net.logits, self.loss, self._optimizer(numbers),
       accumulate=self.options['accumulate'], ema=self.ema, penalty=net.penalty,
-      class_weights=self.class_weights,
+      class_weights=weights,
       consistency=losses.divergence(self.kind, weight) if weight else None,
     )  # fmt: skip
     return take(state, tree.join(own, frozen), batch)
@@ -171,7 +187,12 @@ class _Population:
     }
 
   def _numbers(self, m: Member) -> dict:
-    return {name: jnp.float32(x) for name, x in m.numbers.items()}
+    """What the program is given of a member's config, 'class_weights' [C] included."""
+    found = {name: jnp.float32(x) for name, x in m.numbers.items()}
+    weights = finetune.class_weights(m.job)
+    if weights is not None:
+      found['class_weights'] = jnp.ones(self.cfg.num_labels).at[: m.labels].set(weights)
+    return found
 
   # The run.
 
@@ -204,7 +225,8 @@ class _Population:
         start = stop
       for m in members:
         m.ended = m.ended or ('', self.total)
-      self._pace()
+      if not all(word for word, _ in (m.ended for m in members)):
+        self._pace()
       return [self._finish(m, time.time() - begin) for m in members]
 
   def _pace(self) -> None:
@@ -297,12 +319,11 @@ class _Population:
 
   def _evaluate(self, m: Member, weights, count: int) -> None:
     sinks = trackers.make(m.workdir, m.config['trackers'], m.config)
-    before = m.memo.best_step
     loop.judge(
       lambda _: self._score(m, weights, 'validation'),
       None, count, m.memo, m.job.data.metrics[0], True, sinks,
     )  # fmt: skip
-    if self.options['save'] == 'last' or m.memo.best_step in (None, count) or before is None:
+    if self.options['save'] == 'last' or m.memo.best_step in (None, count):
       m.best = jax.device_get(weights), count
     if self.options['patience'] and m.memo.worse >= self.options['patience']:
       m.ended = '', count

@@ -15,7 +15,6 @@ from efft.errors import InputError, nearest, unknown
 
 PRECISIONS = ('f32', 'bf16', 'int8')
 SETTINGS = {'LATENCY': (), 'KEEP': False, 'TASK_HALVES': True, 'POPULATIONS': True}
-PLACES = 8  # runs of one population at most
 
 
 class Run(NamedTuple):
@@ -110,7 +109,7 @@ def plan(runs: Sequence[Planned], together: bool = True, jobs: int = 1) -> list[
   groups: dict[str, list[Planned]] = {}
   for run in runs:
     groups.setdefault(_program(run) if together else run.hash + run.arm, []).append(run)
-  size = max(1, min(PLACES, -(-len(runs) // jobs)))
+  size = max(1, min(alike.PLACES, -(-len(runs) // jobs)))
   return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 

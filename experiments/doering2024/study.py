@@ -6,8 +6,7 @@
 The paper's abstract: BitFit keeps up with full fine-tuning at all amounts of data and time, is
 stable from 30 % of the data on and better in the middle; adapters vary. Here: all-MiniLM-L6-v2 on
 the paper's three tasks, five seeds that train together. By data: nested subsets, the same number of
-steps for all. By time: all of the data, as many steps as fit into a budget, by the speed of each
-method that was measured on two cores of a Xeon (Ice Lake).
+steps for all. By time: all of the data, as many steps as fit into a budget by SPEED.
 """
 
 from efft.sweep import Run, product, seeds
@@ -17,7 +16,8 @@ METHODS = {'bitfit': 3e-3, 'pfeiffer': 1e-3, 'full': 1e-4}
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 STEPS = 120
 SECONDS = (15, 30, 60)
-# Steps of 16 examples in a second, of a run alone; see `train.step_ms` of the records of 'full'.
+# Steps of 16 examples in a second, of a run alone. These are guesses: put the measured ones of your
+# machine here, 1000 / `train.step_ms` of the records by data, before the runs by time.
 SPEED = {
   ('mrpc', 'bitfit'): 3.2, ('mrpc', 'pfeiffer'): 3.2, ('mrpc', 'full'): 2.2,
   ('cola', 'bitfit'): 8.0, ('cola', 'pfeiffer'): 8.0, ('cola', 'full'): 4.8,
@@ -32,7 +32,7 @@ def runs():
         'model.max_length': length, 'train.batch_size': 16, 'optim.lr': rate, 'train.save': 'last',
       }  # fmt: skip
       budgets = [
-        *((f'{method}', STEPS, fraction) for fraction in FRACTIONS),
+        *((method, STEPS, fraction) for fraction in FRACTIONS),
         *((f'{method}, {s} s', round(s * SPEED[task, method]), 1.0) for s in SECONDS),
       ]
       for arm, steps, fraction in budgets:

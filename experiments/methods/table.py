@@ -1,20 +1,18 @@
-"""Markdown table of records.jsonl: every config's score on the half that chose nothing.
+"""Markdown table of records.jsonl, which run.py makes: every config's score on the half that chose
+nothing.
 
-Speed is that of a config's fastest run, because others may have had to share their core.
-
-python experiments/methods/table.py [--steps=400]
+python experiments/methods/table.py
 """
 
 import math
 import statistics
 from pathlib import Path
 
-from absl import app, flags
+from absl import app
 
 from efft import catalogue, files
 
 HERE = Path(__file__).parent
-STEPS = flags.DEFINE_integer('steps', 400, 'of the runs to show')
 TASKS = ('stsb', 'cola')
 SEEDS = (0, 1, 2)
 
@@ -51,33 +49,17 @@ def score(records: list[dict]) -> str:
 
 def main(argv):
   del argv
-  records = [r for r in files.read_jsonl(HERE / 'records.jsonl') if r['steps'] == STEPS.value]
+  records = files.read_jsonl(HERE / 'records.jsonl')
   cells, costs = final(records), files.read_json(catalogue.FILE)
-  names = sorted({name for name, _ in cells}, key=lambda n: (cells_family(records, n), n))
-  head = ('family', 'config', *TASKS, 'trained', 'stored', 'examples/s', 'peak MB')
+  names = sorted({name for name, _ in cells}, key=lambda n: (costs[n]['family'], n))
+  head = ('family', 'config', *TASKS, 'trained', 'stored')
   print('| ' + ' | '.join(head) + ' |')
   print('|' + '---|' * len(head))
   for name in names:
-    runs = [r for task in TASKS for r in cells.get((name, task), [])]
-    # 'loaded': made while the machine had other work to do.
-    speed = [
-      r['examples_per_second'] for r in runs if r.get('examples_per_second') and not r.get('loaded')
-    ]
-    peak = [r['peak_mb'] for r in runs if 'peak_mb' in r]
-    row = [cells_family(records, name), name]
+    row = [costs[name]['family'], name]
     row += [score(cells[name, task]) if (name, task) in cells else '-' for task in TASKS]
-    row += (
-      [f'{costs[name]["trained"]:,}', f'{costs[name]["stored"]:,}'] if name in costs else ['-'] * 2
-    )
-    row += [
-      f'{max(speed):.0f}' if speed else '-',
-      f'{max(peak):.0f}' if peak else '-',
-    ]
+    row += [f'{costs[name]["trained"]:,}', f'{costs[name]["stored"]:,}']
     print('| ' + ' | '.join(row) + ' |')
-
-
-def cells_family(records: list[dict], name: str) -> str:
-  return next(r['family'] for r in records if r['config'] == name)
 
 
 if __name__ == '__main__':

@@ -10,14 +10,12 @@ Short texts and few steps, so that it ends within hours on two cores. Runs are t
 because their speed and memory are what is compared.
 """
 
-from efft.fields import FULL
 from efft.sweep import Run, product, seeds
 
 POPULATIONS = False
 LATENCY = [(1, 64, 'f32'), (32, 64, 'f32')]
 STEPS = 200
 TASKS = {'sst2': 48, 'rotten_tomatoes': 48, 'r8': 64, '20newsgroups': 96}
-TUNE = {'optim': {'lr': 1e-4}}
 LORA = {'method': {'lora': {'fn': 'lora.lora'}}, 'optim': {'lr': 2e-3}}
 LORA['rules'] = (('params/head/.*', 'head'), ('delta/.*', 'delta'), ('.*', 'frozen'))
 LAYERS = {'fn': 'prune.layers', 'remove': 0.5, 'how': 'spread'}
@@ -53,6 +51,6 @@ def runs():
         'train.eval_steps': STEPS, 'train.save': 'last', **change,
       }  # fmt: skip
       if stages:
-        fields |= {'stages': stages, 'rules': FULL}
+        fields['stages'] = stages
       for overrides in product([fields], seeds(3)):
         yield Run(arm, f'configs/{config}.py:task={task}', overrides)
