@@ -234,7 +234,8 @@ class _Population:
     m, size = self.members[0], self.options['batch_size']
     seen = [m.feed.batch(i) for i in range(min(self.total, finetune.LOOKED_AT))]
     take = jax.jit(self._step, donate_argnums=0)
-    state, given = jax.device_put(m.state), (self._numbers(m), self.own[id(m)], self.shared)
+    state = mesh.replicate(m.state, self.devices)
+    given = self._numbers(m), self.own[id(m)], self.shared
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     usual = finetune.usual(seen)
     taken = []
@@ -256,7 +257,8 @@ class _Population:
   def _advance(self, wave: list[Member], start: int, stop: int, shown, passed: int) -> None:
     """Trains a wave from one step to another. Empty places repeat its first member."""
     filled = wave + wave[:1] * (self.places - len(wave))
-    state = _stacked([m.state for m in filled])
+    # Placed as the step's results are, or its second call would compile it anew.
+    state = mesh.replicate(_stacked([m.state for m in filled]), self.devices)
     given = (
       _stacked([self._numbers(m) for m in filled]),
       _stacked([self.own[id(m)] for m in filled]),

@@ -21,16 +21,23 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 
-from efft import assemble, bundle, config, files, pipeline, run, transfer, tree
-from efft.classifier import Classifier
-from efft.compress import latency, scores, select, slicing
-from efft.compress.base import Keep, Subject
-from efft.data import batches, tokens
-from efft.models import hub
-from efft.models.encoder import EncoderConfig
-from efft.training import losses
+from efft import cpu
+from efft.data import packages
+
+cpu.keep_heap()
+cpu.keep_programs(packages.cache_root() / 'programs')
+
+from absl import app, flags  # noqa: E402
+
+from efft import assemble, bundle, config, files, pipeline, run, transfer, tree  # noqa: E402
+from efft.classifier import Classifier  # noqa: E402
+from efft.compress import latency, scores, select, slicing  # noqa: E402
+from efft.compress.base import Keep, Subject  # noqa: E402
+from efft.data import batches, tokens  # noqa: E402
+from efft.models import hub  # noqa: E402
+from efft.models.encoder import EncoderConfig  # noqa: E402
+from efft.training import losses  # noqa: E402
 
 HERE = Path(__file__).parent
 DATA = flags.DEFINE_string('data', os.environ.get('EFFT_DATA'), 'folder of sst2 and mrpc')

@@ -21,11 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from absl import app, flags
+from efft import cpu
+from efft.data import packages
 
-from efft import bundle, compact, config, files, finetune, merging, pipeline, tree
-from efft.errors import EfftError
-from efft.qtensor import QTensor
+cpu.keep_heap()
+cpu.keep_programs(packages.cache_root() / 'programs')
+
+from absl import app, flags  # noqa: E402
+
+from efft import bundle, compact, config, files, finetune, merging, pipeline, tree  # noqa: E402
+from efft.errors import EfftError  # noqa: E402
+from efft.qtensor import QTensor  # noqa: E402
 
 HERE = Path(__file__).parent
 DATA = flags.DEFINE_string('data', os.environ.get('EFFT_DATA'), 'folder of the GLUE tasks')
