@@ -283,6 +283,23 @@ def test_records_read_as_they_come(tmp_path_factory, lines, cuts, ended):
   assert records.get(('a', 'h')) is None
 
 
+def test_a_field_that_efft_has_got_since_makes_nothing_again(tmp_path):
+  """An older record lacks it; one whose config holds another value is of another run."""
+  now = config.resolve(config.default('task=sst2'))
+  older = json.loads(json.dumps(now))
+  del older['optim']['ema'], older['task']['halves']
+  other = config.resolve(older | {'seed': 1})
+  records = Records(tmp_path / 'records.jsonl')
+  records.add({'arm': 'a', 'config_hash': 'of that day', 'config': older})
+  records.refresh()
+  assert records.get(('a', config.config_hash(now)))['config_hash'] == 'of that day'
+  assert records.get(('a', config.config_hash(other))) is None
+  # Nobody has the field any more: known by what it says of itself.
+  records.add({'arm': 'a', 'config_hash': 'gone', 'config': {**now, 'was_there': 1}})
+  records.refresh()
+  assert records.count(('a', 'gone')) == 1
+
+
 # --- processes ---
 
 # The process of a run with training replaced; what the arm is called says what becomes of it.

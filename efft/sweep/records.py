@@ -8,7 +8,9 @@ import logging
 import os
 from pathlib import Path
 
+from efft import config as configs
 from efft import files
+from efft.errors import EfftError
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +18,9 @@ log = logging.getLogger(__name__)
 class Records:
   """The last record of each run, {(arm, config_hash): record}, read line by line as they come.
 
-  Lines that are not records are skipped, and said once each.
+  A record counts for the config that its own would be today: fields that efft has got since have
+  their defaults in it, so that they do not make finished studies anew. Lines that are not records
+  are skipped, and said once each.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -50,7 +54,7 @@ class Records:
   def _take(self, line: bytes) -> bool:
     try:
       record = json.loads(line)
-      key = str(record['arm']), str(record['config_hash'])
+      key = str(record['arm']), _hash_today(record)
     except (ValueError, TypeError, KeyError):
       return False
     self._last[key] = record
@@ -66,3 +70,11 @@ class Records:
 
   def add(self, record: dict) -> None:
     files.append_jsonl(self.path, record)
+
+
+def _hash_today(record: dict) -> str:
+  """Of the record's config with all fields there are; its own, where it is no longer a config."""
+  try:
+    return configs.config_hash(configs.resolve(record['config']))
+  except (EfftError, KeyError, TypeError, ValueError, AttributeError):
+    return str(record['config_hash'])
