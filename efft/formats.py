@@ -12,16 +12,20 @@ class Format(NamedTuple):
       instead), 'token' (int8, a scale for each token, from the token), 'static' (int8, ranges that
       were calibrated).
     block: how many numbers along K, or along a row of a table, share a scale; 0: all.
+    stochastic: whether the gradient of the inputs is rounded to integers at random, without bias,
+      and not to the nearest.
   """
 
   codes: str
   inputs: str
   block: int
+  stochastic: bool = False
 
 
-# int8: a scale for each output, and for each token. The others but int8_static are memory alone.
+# int8: a scale for each output, and for each token. The last three are memory alone.
 FORMATS = {
   'int8': Format('int8', 'token', 0),
+  'int8_stochastic': Format('int8', 'token', 0, True),
   'int8_static': Format('int8', 'static', 0),
   'int8_weight': Format('int8', 'float', 0),
   'int4': Format('int4', 'float', 32),

@@ -10,6 +10,7 @@ What no rule names stays in float: norms, biases, the head, sums and softmax hav
 With numpy alone, so that the integers do not depend on the device.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -68,6 +69,7 @@ def plain(path: str, w: np.ndarray, form: Format, **fields) -> QTensor:
     return quantize(w, form.codes, block=form.block, axis=1, inputs='float', **fields)
   if form.inputs == 'static' and 'x_scale' not in fields:
     raise ValueError('ranges of inputs that nothing has calibrated: a stage does (quant.quantize)')
+  fields['stochastic'] = form.stochastic
   return quantize(w, form.codes, block=form.block, inputs=form.inputs, **fields)
 
 
@@ -92,6 +94,8 @@ def quantized(
     x, form = flat[path], FORMATS[name]
     if isinstance(x, QTensor):
       if x.codes == form.codes and (path.endswith('/embedding') or x.inputs == form.inputs):
+        if path.endswith('/kernel') and x.stochastic != form.stochastic:
+          flat[path] = dataclasses.replace(x, stochastic=form.stochastic)
         continue
       fix = 'leave it, or start from the float model'
       raise InputError(where, f'{name} for {path}, which is {_called(x)} already', 'the same', fix)

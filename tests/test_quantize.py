@@ -45,6 +45,18 @@ def test_a_format_by_name_takes_kernels_and_large_tables():
   assert set(found.values()) == {'int8'}
 
 
+def test_rounding_of_gradients_at_random_is_a_format_of_the_same_codes():
+  """And a base that is int8 already takes it or leaves it."""
+  nearest = quantize.quantized(VALUES, 'int8')
+  for values in (quantize.quantized(start, 'int8_stochastic') for start in (VALUES, nearest)):
+    flat, other = tree.flatten(values), tree.flatten(nearest)
+    for path in held(values):
+      assert flat[path].stochastic == path.endswith('/kernel'), path
+      np.testing.assert_array_equal(flat[path].value, other[path].value)
+    back = tree.flatten(quantize.quantized(values, 'int8'))
+    assert not any(back[path].stochastic for path in held(values))
+
+
 def test_the_first_rule_that_matches_wins():
   rules = (
     (r'params/layer_1/mlp/.*/kernel', 'float'),
