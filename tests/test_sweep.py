@@ -561,7 +561,7 @@ def test_dry_run_writes_nothing_and_needs_no_jax(tmp_path):
   done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   lines = [line.split() for line in done.stdout.splitlines()[1:]]
-  assert lines == [['to', 'do', arm, f'seed={seed}'] for arm in 'ab' for seed in range(2)]
+  assert lines == [['to', 'do', 'sst2', arm, f'seed={seed}'] for arm in 'ab' for seed in range(2)]
   assert '2 runs are there more than once' in done.stderr
   assert [path.name for path in tmp_path.iterdir()] == ['mine.py']
 

@@ -22,9 +22,14 @@ def status(run: Planned, records: Records) -> str:
 
 
 def listing(runs: Sequence[Planned], records: Records) -> str:
-  """A line a run: status, arm, overrides."""
-  rows = [(status(run, records), run.arm, overridden(run.overrides)) for run in runs]
-  return aligned([('status', 'arm', 'overrides'), *rows])
+  """A line a run: status, task, arm, and the overrides that are not the same in all."""
+  rows, first = [], runs[0].overrides if runs else {}
+  same = {k for k, v in first.items() if all(r.overrides.get(k) == v for r in runs)}
+  for run in runs:
+    own = {k: v for k, v in run.overrides.items() if len(runs) == 1 or k not in same}
+    task = Path(run.config['task']['name']).name
+    rows.append((status(run, records), task, run.arm, overridden(own)))
+  return aligned([('status', 'task', 'arm', 'overrides'), *rows])
 
 
 def overridden(overrides: Mapping) -> str:
