@@ -132,6 +132,7 @@ def test_a_study_resolves_its_configs(tmp_path):
     tmp_path,
     """
     LATENCY = [(1, 32, 'f32'), [8, 128, 'int8']]
+    SPLITS = ['report']
     KEEP = True
     def runs():
       for overrides in product(grid({'method.lora.rank': [2, 4]}), seeds(2)):
@@ -142,7 +143,7 @@ def test_a_study_resolves_its_configs(tmp_path):
   )
   found = study.load(file)
   assert (found.name, found.keep, found.repeated) == ('mine', True, 4)
-  assert found.latency == ((1, 32, 'f32'), (8, 128, 'int8'))
+  assert found.latency == ((1, 32, 'f32'), (8, 128, 'int8')) and found.splits == ('report',)
   *small, whole = found.runs
   for run, (rank, seed) in zip(small, itertools.product([2, 4], [0, 1]), strict=True):
     cfg = config.load('configs/lora.py:task=sst2')
@@ -207,6 +208,7 @@ BROKEN = [
   ),
   ('LATENCYS = []\ndef runs(): return []', 'LATENCYS', 'LATENCY'),
   ("LATENCY = [(1, 32, 'f64')]\ndef runs(): return []", "(1, 32, 'f64')", 'bf16'),
+  ("SPLITS = ['dev']\ndef runs(): return []", "SPLITS: found ['dev']", 'report'),
   ('KEEP = 1\ndef runs(): return []', 'KEEP: found 1', 'True or False'),
 ]
 
@@ -524,7 +526,7 @@ def test_kept_folders_lose_their_checkpoints(tmp_path, monkeypatch, capfd):
     return {'arm': run.arm, 'config_hash': run.hash, 'status': 'ok'}
 
   for keep, left in ((True, {'bundle', 'stages'}), (False, None)):
-    given = job.Job('mine', str(root), keep, (), [], [run], [0])
+    given = job.Job('mine', str(root), keep, (), study.SPLITS, [], [run], [0])
     assert job.Job.from_json(given.to_json()) == given
     assert job.carry_out(given, make) == 0
     (record,) = files.read_jsonl(root / 'records.jsonl')

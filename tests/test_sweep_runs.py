@@ -17,6 +17,7 @@ STUDY = """
 from efft.sweep import Run, chain, grid, product, seeds
 
 LATENCY = [(1, 16, 'f32')]
+SPLITS = ('validation', 'report')
 POPULATIONS = {populations}
 SMALL = grid({{
   'model.max_length': [24], 'train.batch_size': [8], 'train.steps': [6], 'train.eval_steps': [3],
@@ -78,7 +79,7 @@ def test_each_run_is_recorded_once(swept):
     if found['arm'] == 'wrong':
       assert found['status'] == 'failed' and "no column 'stars'" in found['error']
       continue
-    assert found['status'] == 'ok' and set(found['metrics']) == {'validation', 'report', 'test'}
+    assert found['status'] == 'ok' and set(found['metrics']) == {'validation', 'report'}
     assert found['overrides']['seed'] == found['seed'] and found['config']['task']['halves']
     assert [(r['batch'], r['length'], r['precision']) for r in found['latency']] == [(1, 16, 'f32')]
 

@@ -37,6 +37,7 @@ class Job(NamedTuple):
   root: str
   keep: bool
   latency: tuple
+  splits: tuple
   cores: list[int]
   runs: list[Planned]
   seen: list[int]
@@ -49,7 +50,9 @@ class Job(NamedTuple):
   def from_json(cls, text: str | bytes) -> 'Job':
     given = json.loads(text)
     latency = tuple(map(tuple, given['latency']))
-    return cls(**given | {'runs': [Planned(**run) for run in given['runs']], 'latency': latency})
+    runs = [Planned(**run) for run in given['runs']]
+    given |= {'runs': runs, 'latency': latency, 'splits': tuple(given['splits'])}
+    return cls(**given)
 
 
 def main() -> int:
@@ -120,7 +123,7 @@ def trained(run: Planned, job: Job, folder: Path) -> dict:
   pipeline.train(run.config, folder)
   return record.measure(
     folder, study=job.study, arm=run.arm, overrides=run.overrides,
-    root=Path(job.root), latency=job.latency,
+    root=Path(job.root), latency=job.latency, splits=job.splits,
   )  # fmt: skip
 
 

@@ -230,7 +230,7 @@ class Crew:
     seen = [self._seen[run.key] for run in group]
     study, cores = self.study, self._cores[slot]
     root = str(self.root.resolve())
-    return Job(study.name, root, study.keep, study.latency, cores, group, seen)
+    return Job(study.name, root, study.keep, study.latency, study.splits, cores, group, seen)
 
   def _environment(self) -> dict[str, str]:
     here = str(Path(__file__).resolve().parents[2])  # so that the child runs this very efft

@@ -14,7 +14,10 @@ from efft import config as configs
 from efft.errors import InputError, nearest, unknown
 
 PRECISIONS = ('f32', 'bf16', 'int8')
-SETTINGS = {'LATENCY': (), 'KEEP': False, 'TASK_HALVES': True, 'POPULATIONS': True}
+SPLITS = ('validation', 'report', 'test')
+SETTINGS = {
+  'LATENCY': (), 'KEEP': False, 'TASK_HALVES': True, 'POPULATIONS': True, 'SPLITS': SPLITS,
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -52,6 +55,7 @@ class Study(NamedTuple):
   keep: bool  # run folders, without their checkpoints
   latency: tuple[tuple[int, int, str], ...]  # (batch, length, precision)
   populations: bool = True  # whether runs that can train together do
+  splits: tuple[str, ...] = SPLITS  # that are scored
 
 
 def load(file: str | os.PathLike) -> Study:
@@ -59,7 +63,8 @@ def load(file: str | os.PathLike) -> Study:
 
   The file defines `runs()`, a generator of `Run`s, and may set LATENCY (a list of (batch, length,
   precision) to measure), KEEP (True: run folders stay), TASK_HALVES (False: the validation split is
-  not cut in two; see config.task.halves) and POPULATIONS (False: each run in a process of its own).
+  not cut in two; see config.task.halves), POPULATIONS (False: each run in a process of its own) and
+  SPLITS (of 'validation', 'report', 'test': those to score, where a test split would take long).
 
   Raises:
     InputError: naming the line of the file, or the run and the field, at fault.
@@ -75,6 +80,9 @@ def load(file: str | os.PathLike) -> Study:
     if not isinstance(settings[name], bool):
       raise InputError(f'{file}: {name}', repr(settings[name]), 'True or False', 'correct it')
   latency = _latency(f'{file}: LATENCY', settings['LATENCY'])
+  splits = settings['SPLITS']
+  if not isinstance(splits, list | tuple) or not splits or not set(splits) <= set(SPLITS):
+    raise InputError(f'{file}: SPLITS', repr(splits), f'some of {SPLITS}', 'correct it')
   load_config = functools.cache(configs.load)
   runs: dict[tuple, Planned] = {}
   owners: dict[str, Planned] = {}
@@ -95,6 +103,7 @@ def load(file: str | os.PathLike) -> Study:
     settings['KEEP'],
     latency,
     settings['POPULATIONS'],
+    tuple(splits),
   )
 
 
