@@ -70,13 +70,16 @@ def chains() -> dict[str, dict]:
   }
   for distil in (False, True):
     tune, tag = {'distil': TEACHER} if distil else {}, '+distil' if distil else ''
-    for way, share in itertools.product(ways, SHARES):
+    # Without a teacher one point of each curve: what the teacher is worth.
+    for way, share in itertools.product(ways, SHARES if distil else SHARES[1:2]):
       if way == 'both':
         stages = {'s1_heads': ways['heads'](share), 's2_units': ways['units'](share)}
       else:
         stages = {f's1_{way}': ways[way](share)}
       found[f'{way}-{share}{tag}'] = stages | {'s9_tune': tune}
-    for how, remove in itertools.product(('top', 'spread', 'importance'), (2, 3, 4)):
+    for how, remove in itertools.product(
+      ('top', 'spread', 'importance'), (2, 3, 4) if distil else (3,)
+    ):
       stage = {'fn': 'prune.layers', 'remove': remove, 'how': how}
       found[f'layers_{how}-{remove}{tag}'] = {'s1_layers': stage, 's9_tune': tune}
     stages = {}
@@ -84,7 +87,8 @@ def chains() -> dict[str, dict]:
       zip_lm = {'fn': 'prune.ziplm', 'speedup': speedup, 'batch': 32, 'length': 64}
       stages |= {f's{2 * i + 1}_faster': zip_lm, f's{2 * i + 2}_tune': tune}
     found[f'ziplm{tag}'] = stages
-    for name, penalty in (('block', 5.0), ('block', 20.0), ('cofi', 0.4), ('cofi', 0.7)):
+    learnt = ('block', 5.0), ('block', 20.0), ('cofi', 0.4), ('cofi', 0.7)
+    for name, penalty in learnt if distil else learnt[1::2]:
       learn = learning(name, penalty)
       learn['distil'] = tune.get('distil', {})
       stages = {'s1_tune': learn, 's2_dead': {'fn': 'prune.dead'}, 's3_tune': tune}

@@ -14,7 +14,8 @@ from efft.sweep import Run, product, seeds
 
 POPULATIONS = False
 LATENCY = [(1, 64, 'f32'), (32, 64, 'f32')]
-STEPS = 200
+SPLITS = ('validation', 'report')  # the test splits are long
+STEPS, BATCH = 250, 8
 TASKS = {'sst2': 48, 'rotten_tomatoes': 48, 'r8': 64, '20newsgroups': 96}
 LORA = {'method': {'lora': {'fn': 'lora.lora'}}, 'optim': {'lr': 2e-3}}
 LORA['rules'] = (('params/head/.*', 'head'), ('delta/.*', 'delta'), ('.*', 'frozen'))
@@ -47,7 +48,7 @@ def runs():
   for task, length in TASKS.items():
     for arm, (config, change, stages) in ARMS.items():
       fields = {
-        'model.max_length': length, 'train.batch_size': 16, 'train.steps': STEPS,
+        'model.max_length': length, 'train.batch_size': BATCH, 'train.steps': STEPS,
         'train.eval_steps': STEPS, 'train.save': 'last', **change,
       }  # fmt: skip
       if stages:
