@@ -6,9 +6,10 @@ FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Ha
 split chooses learning rates (`task.halves`): for each family, one config tries its own rate times
 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best there all
 configs of the family take. A config that ends below the head alone, or far below the one that
-searched, searches for itself, in the same way and on the same half. The other half is reported. What records.jsonl has is not made again, so
-the command may be stopped and started at will; several at once share the work by --shard (on a CPU:
-one for each core, each under `taskset -c`). `table.py` makes the table.
+searched, searches for itself, in the same way and on the same half. The other half is reported.
+What records.jsonl has is not made again, so the command may be stopped and started at will; several
+at once share the work by --shard (on a CPU: one for each core, each under `taskset -c`). `table.py`
+makes the table.
 
 Seeds and rates of a config train in one population (`efft.population`) where it can be in one; so
 nothing is said here of the speed and memory of a run that is alone: cost.py measures those.
