@@ -118,6 +118,17 @@ def test_metrics_are_those_of_evaluate(measured):
       assert scores[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (split, name)
 
 
+def test_what_training_scored_is_what_its_bundle_scores(measured):
+  """So that a sweep need not score it again."""
+  folder, found = measured
+  results = files.read_json(folder / 'results.json')
+  for split, own in (('validation', results['metrics']), ('report', results['report'])):
+    assert own == pytest.approx(found['metrics'][split], rel=1e-4, abs=1e-5)
+  given = {'validation': {'accuracy': 0.125}}
+  again = record.measure(folder, splits=('validation',), known=given)
+  assert again['metrics'] == given
+
+
 def test_parameters_are_those_of_the_files(measured, tmp_path):
   folder, found = measured
   size, numbers = in_header(folder / 'bundle' / 'weights.safetensors')

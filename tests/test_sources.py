@@ -50,7 +50,7 @@ def test_a_single_file_is_split_and_says_so(tmp_path):
   assert (found.labels, found.kind, found.metrics, found.num_labels) == (
     ('bad', 'good'),
     'single',
-    ('accuracy', 'f1_macro'),
+    ('accuracy', 'f1_macro', 'ece'),
     2,
   )
   assert found.columns == {'text': 'text', 'label': 'label'}
@@ -160,7 +160,8 @@ def test_a_named_task_over_the_users_files(tmp_path):
   write(tmp_path / 'validation.csv', [(f'c {i}', 'd', i % 2, i) for i in range(4)], header)
   write(tmp_path / 'test.csv', [(f'e {i}', 'd', -1, i) for i in range(4)], header)
   found = data.load('mrpc', path=str(tmp_path))
-  assert (found.labels, found.metrics) == (('not_equivalent', 'equivalent'), ('accuracy', 'f1'))
+  assert found.labels == ('not_equivalent', 'equivalent')
+  assert found.metrics == ('accuracy', 'f1', 'ece')
   assert found.splits['train'].pairs[0] == 'b 0' and found.splits['train'].labels[:3].tolist() == [
     0,
     1,

@@ -48,7 +48,7 @@ _MACHINE = ('cpu', 'cores', 'devices')
 
 def measure(
   run, *, study: str = '', arm: str = '', overrides: Mapping | None = None, root=None,
-  latency: Iterable = (), splits: Sequence[str] = SPLITS,
+  latency: Iterable = (), splits: Sequence[str] = SPLITS, known: Mapping | None = None,
 ) -> dict[str, Any]:  # fmt: skip
   """The record of a finished run; nothing is trained.
 
@@ -60,6 +60,7 @@ def measure(
     latency: (batch, length, precision) to be measured now, or rows that have been measured.
     splits: those to score, where the task has them and they have labels; a name stands for others
       that begin with it, too ('test' for 'test_mismatched').
+    known: {split: {metric: value}} of those that have been scored already; others are scored here.
 
   Raises:
     InputError: no finished run, a damaged one, data or a base model that have changed, or as
@@ -68,7 +69,7 @@ def measure(
   run = Path(run)
   config, results = finished(run)
   content = bundle.load(run)
-  asked = list(latency)
+  known, asked = known or {}, list(latency)
   rows = [row for row in asked if isinstance(row, Mapping)]
   rows += _timed(run, content, [tuple(cell) for cell in asked if not isinstance(cell, Mapping)])
   model = Classifier.of(content, str(run), devices=1)
@@ -77,8 +78,8 @@ def measure(
   steps = [part['step'] for _, part in trained if 'step' in part]
   length = steps[-1]['length'] if steps else min(128, content.max_length)
   use = cost.inference(model, length)
-  known = run / 'environment.json'
-  device = files.read_json(known) if known.exists() else environment.describe()
+  place = run / 'environment.json'
+  device = files.read_json(place) if place.exists() else environment.describe()
   record = {
     **_identity(config, study, arm, overrides, data.metrics[0]),
     'run': os.path.relpath(run, root) if root is not None else str(run),
@@ -90,7 +91,7 @@ def measure(
     'model': {'name': config['model']['name'], 'sha256': _origin(run, config)},
     **_place(device),
     'metrics': {
-      name: scores(model, data, part)
+      name: dict(known[name]) if name in known else scores(model, data, part)
       for name, part in data.splits.items()
       if part.labels is not None and {name, name.split('_')[0]} & set(splits)
     },
@@ -172,10 +173,9 @@ def finished(run: Path) -> tuple[dict, dict]:
 
 
 def scores(model: Classifier, data: Dataset, part: Split) -> dict[str, float]:
-  """The task's metrics of a labelled split, the loss, and of classes the calibration error."""
-  names = (*data.metrics, *(('ece',) if data.kind == 'single' else ()))
+  """The task's metrics of a labelled split, and the loss."""
   logits = model.logits(part.texts, part.pairs)
-  return scoring.score(names, losses.build(data.kind), part.labels, logits, data.kind)
+  return scoring.score(data.metrics, losses.build(data.kind), part.labels, logits, data.kind)
 
 
 def digest(splits: Mapping[str, Split]) -> str:

@@ -130,12 +130,15 @@ def load(
       f'train: {len(keep)} of {len(parts["train"])} rows (fraction {fraction:g}, seed {seed})'
     )
     parts['train'] = _thinned(parts['train'].take(keep), read, notes)
+  metrics = row.metrics if row and read.kind == row.kind else default_metrics(read.kind)
+  if read.kind == 'single' and 'ece' not in metrics:
+    metrics = (*metrics, 'ece')
   return Dataset(
     name=name,
     splits=parts,
     labels=read.names,
     kind=read.kind,
-    metrics=row.metrics if row and read.kind == row.kind else default_metrics(read.kind),
+    metrics=metrics,
     columns={
       key: value
       for key, value in (('text', use.text), ('pair', use.pair), ('label', '+'.join(use.label)))

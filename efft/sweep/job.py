@@ -120,10 +120,13 @@ def trained(run: Planned, job: Job, folder: Path) -> dict:
   from efft import pipeline
   from efft.bench import record
 
-  pipeline.train(run.config, folder)
+  results = pipeline.train(run.config, folder)
+  known = {'validation': results['metrics']}
+  if 'report' in results:
+    known['report'] = results['report']
   return record.measure(
     folder, study=job.study, arm=run.arm, overrides=run.overrides,
-    root=Path(job.root), latency=job.latency, splits=job.splits,
+    root=Path(job.root), latency=job.latency, splits=job.splits, known=known,
   )  # fmt: skip
 
 
