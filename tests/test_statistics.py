@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import records as make
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -361,6 +361,7 @@ def test_arms_without_a_number_are_compared_with_nothing():
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1e6), st.floats(0, 1)), min_size=1, max_size=25))
+@example([(1.0, 0.0), (1.0, 2.2e-309)])
 def test_names_of_points_do_not_cover_each_other(at):
   points = [
     {'x': x, 'y': y, 'low': y, 'high': y, 'arm': f'arm {i}', 'status': 'dominated'}

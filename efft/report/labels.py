@@ -46,9 +46,10 @@ def _pixels(points: list[dict], scale: str) -> list[tuple[float, float]]:
   xs = [bend(point['x']) for point in points]
   low, high = (pick(p[key] for p in points) for pick, key in ((min, 'low'), (max, 'high')))
   left, right = min(xs), max(xs)
-  across, up = (WIDTH - 2 * PADDING) / ((right - left) or 1), HEIGHT / ((high - low) or 1)
+  # Shares of the range before pixels: pixels a unit are infinite where a range is that small.
+  across, up = (right - left) or 1, (high - low) or 1
   return [
-    (PADDING + (x - left) * across, (high - point['y']) * up)
+    (PADDING + (x - left) / across * (WIDTH - 2 * PADDING), (high - point['y']) / up * HEIGHT)
     for x, point in zip(xs, points, strict=True)
   ]
 
