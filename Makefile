@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Processes of the test suite, at about 3 GB each.
 JOBS ?= 2
+# Of tests with many parameters, every n-th.
+EVERY ?= 1
 
 .PHONY: demo test peers lint venv
 .DELETE_ON_ERROR:
@@ -14,7 +16,7 @@ demo: venv
 	$(VENV)/bin/python -m efft demo
 
 test: venv
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) tests
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --every=$(EVERY) tests
 
 # Two environments, because AdapterHub wants an older transformers than efft.
 PEERS := $(VENV)-peft $(VENV)-adapterhub

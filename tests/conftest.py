@@ -4,9 +4,11 @@
 once, at import; subprocesses of the tests inherit it.
 """
 
+import collections
 import os
 import re
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,25 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 # Processes started in other folders run this checkout, installed or not.
 ROOT = str(Path(__file__).parents[1])
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))
+
+
+def pytest_addoption(parser):
+  about = 'of tests with many parameters, every n-th; which ones differs from test to test'
+  parser.addoption('--every', type=int, default=1, metavar='N', help=about)
+
+
+def pytest_collection_modifyitems(config, items):
+  every, counts, left = config.getoption('--every'), collections.Counter(), []
+  if every == 1:
+    return
+  for item in items:
+    test, parameters, _ = item.nodeid.partition('[')
+    counts[test] += 1
+    if parameters and (counts[test] + zlib.crc32(test.encode())) % every:
+      left.append(item)
+  config.hook.pytest_deselected(items=left)
+  gone = set(map(id, left))
+  items[:] = [item for item in items if id(item) not in gone]
 
 
 @pytest.hookimpl(optionalhook=True)
