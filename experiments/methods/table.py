@@ -25,8 +25,8 @@ all-MiniLM-L6-v2; stsb (Pearson correlation; 300 steps of 4 pairs) and cola (Mat
 One half of the validation split has chosen learning rates by families, the other half is reported.
 The budget is the same for all, and small: it ranks how fast methods learn, not where they end.
 Examples a second, the memory that a compiled step asks for and the largest resident set of the
-process are of steps of 16 pairs on one core, each config alone. Made by `run.py`, `cost.py` and
-`table.py`.
+process are of steps of 16 pairs on one core, each config alone. Where there is a `-`, nothing has
+been run yet. Made by `run.py`, `cost.py` and `table.py`.
 """
 
 
