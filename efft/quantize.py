@@ -69,8 +69,8 @@ def plain(path: str, w: np.ndarray, form: Format, **fields) -> QTensor:
     return quantize(w, form.codes, block=form.block, axis=1, inputs='float', **fields)
   if form.inputs == 'static' and 'x_scale' not in fields:
     raise ValueError('ranges of inputs that nothing has calibrated: a stage does (quant.quantize)')
-  fields['stochastic'] = form.stochastic
-  return quantize(w, form.codes, block=form.block, inputs=form.inputs, **fields)
+  fields |= {'inputs': form.inputs, 'stochastic': form.stochastic}
+  return quantize(w, form.codes, block=form.block, **fields)
 
 
 def quantized(

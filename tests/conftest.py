@@ -35,14 +35,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-  every, counts, left = config.getoption('--every'), collections.Counter(), []
-  if every == 1:
-    return
-  for item in items:
-    test, parameters, _ = item.nodeid.partition('[')
-    counts[test] += 1
-    if parameters and (counts[test] + zlib.crc32(test.encode())) % every:
+  every, left = config.getoption('--every'), []
+  tests = [item.nodeid.partition('[')[0] for item in items]
+  sizes, counts = collections.Counter(tests), collections.Counter()
+  for item, test in zip(items, tests, strict=True):
+    # One at least of each: the first is among those that a test has.
+    first = zlib.crc32(test.encode()) % min(every, sizes[test])
+    if counts[test] % every != first:
       left.append(item)
+    counts[test] += 1
   config.hook.pytest_deselected(items=left)
   gone = set(map(id, left))
   items[:] = [item for item in items if id(item) not in gone]

@@ -106,8 +106,8 @@ def quantize(
       else:
         scale = scales(w, form.codes, form.block)
         codes = qtensor.encode(w, form.codes, scale)
-      fields['stochastic'] = form.stochastic
-      made = qtensor.from_codes(codes, form.codes, scale, inputs=form.inputs, **fields)
+      fields |= {'inputs': form.inputs, 'stochastic': form.stochastic}
+      made = qtensor.from_codes(codes, form.codes, scale, **fields)
       made.check()
       return made
 

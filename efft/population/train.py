@@ -225,7 +225,7 @@ class _Population:
         start = stop
       for m in members:
         m.ended = m.ended or ('', self.total)
-      if not all(word for word, _ in (m.ended for m in members)):
+      if any(not word for word, _ in (m.ended for m in members)):
         self._pace()
       return [self._finish(m, time.time() - begin) for m in members]
 
