@@ -31,7 +31,7 @@ def runs():
     for method, rate in METHODS.items():
       fixed = {
         'model.max_length': length, 'train.batch_size': BATCH, 'optim.lr': rate,
-        'train.save': 'last',
+        'train.save': 'last', 'model.dtype': 'bfloat16',
       }  # fmt: skip
       budgets = [
         *((method, STEPS, fraction) for fraction in FRACTIONS),

@@ -39,6 +39,7 @@ def runs():
       fixed = {
         'model.name': MODEL, 'model.max_length': length, 'train.batch_size': BATCH,
         'train.steps': STEPS, 'train.eval_steps': STEPS, 'train.save': 'last',
+        'model.dtype': 'bfloat16',
       }  # fmt: skip
       for overrides in product([fixed], grid({'optim.lr': [rate, 3 * rate]}), seeds(3)):
         yield Run(row, f'configs/{config}.py:task={task}', overrides)

@@ -1,0 +1,60 @@
+"""What a paper claims, set against records: agrees, disagrees, or cannot be told.
+
+A claim is about the mean of some differences, one for each seed, task or share of the data: that it
+is above 0, below 0, or within a margin of it. It is judged by the 95 % bootstrap interval of that
+mean (`statistics.interval`), so that few or scattered differences decide nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from efft.errors import unknown
+from efft.report import statistics
+from efft.report.tables import cell
+
+AGREES, DISAGREES, OPEN = 'agrees', 'disagrees', 'cannot be told'
+EXPECTED = ('more', 'less', 'same')
+
+
+class Claim(NamedTuple):
+  """What was claimed, what the records say in numbers, and AGREES, DISAGREES or OPEN."""
+
+  text: str
+  found: str
+  verdict: str
+
+
+def judge(
+  text: str, differences: Sequence[float], expected: str, *, margin: float = 0.0, unit: str = ''
+) -> Claim:
+  """Judges a claim about the mean of `differences` [n].
+
+  'more' agrees where the whole interval is above 0 and disagrees where all of it is below, 'less'
+  the other way round; 'same' agrees where the interval is within `margin` of 0 and disagrees where
+  the two do not meet. Of fewer than three differences nothing can be told.
+
+  Raises:
+    InputError: an expectation that there is not.
+  """
+  if expected not in EXPECTED:
+    raise unknown('expected', 'expectation', expected, EXPECTED)
+  n = len(differences)
+  if not n:
+    return Claim(text, 'no runs', OPEN)
+  mean, (low, high, _) = math.fsum(differences) / n, statistics.interval(differences)
+  found = f'{mean:+.1f}{unit} ({low:+.1f} to {high:+.1f}, n = {n})'
+  if math.isnan(low):
+    return Claim(text, f'{mean:+.1f}{unit} (n = {n})', OPEN)
+  if expected == 'same':
+    agrees, disagrees = -margin <= low and high <= margin, high < -margin or low > margin
+  else:
+    agrees, disagrees = (low > 0, high < 0) if expected == 'more' else (high < 0, low > 0)
+  return Claim(text, found, AGREES if agrees else DISAGREES if disagrees else OPEN)
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+  """A pipe table."""
+  lines = ['| the paper | here | |', '|---|---|---|']
+  lines += ['| ' + ' | '.join(map(cell, claim)) + ' |' for claim in claims]
+  return '\n'.join(lines) + '\n'

@@ -1,0 +1,155 @@
+"""README.md of this folder, from records.jsonl: scores, costs, recommendations, claims.
+
+    python experiments/thomas2025/findings.py
+
+The same records give the same bytes. Plots: `efft report --runs=experiments/thomas2025 ...`.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+from absl import app
+from study import ARMS, TASKS
+
+from efft import files
+from efft.report import claims, recommend, records, selection
+from efft.report.records import shape_column
+
+HERE = Path(__file__).parent
+COSTS = {
+  'trained': ('parameters.trained', 1, ',.0f'),
+  'step, ms': ('train.step_ms', 1, '.0f'),
+  'step, MB': ('memory_mb.step', 1, '.0f'),
+  'training, s': ('train.seconds', 1, '.0f'),
+  '1 x 64, ms': (shape_column(1, 64), 1, '.2f'),
+  '32 x 64, ms': (shape_column(32, 64), 1, '.1f'),
+  'inference, MB': ('memory_mb.inference', 1, '.1f'),
+  'whole, MB': ('bytes.whole', 1e-6, '.1f'),
+}
+MARGIN = 2.0
+INTRODUCTION = """# Thomas 2025, each saving alone and all at once
+
+all-MiniLM-L6-v2, two tasks of sentiment (sst2, rotten_tomatoes) and two of topic (r8,
+20newsgroups), three seeds, 250 steps of 8 examples in float32, one run at a time on one core;
+accuracy x 100 on the half of the validation split that chooses nothing. The paper names neither
+models nor numbers, so directions are compared. One rate for each arm, fixed beforehand; an arm of
+stages has 125 steps more for each stage that trains again. Costs are medians over tasks and seeds;
+`whole` is the model standing alone on the disk, `step` of the last stage that trained. Made by
+`efft sweep --study=experiments/thomas2025/study.py --workdir=experiments/thomas2025` and
+`findings.py`.
+"""
+
+
+def scores(rows: pd.DataFrame) -> str:
+  lines = [f'| | {" | ".join(TASKS)} | average |', '|---|' + '--:|' * (len(TASKS) + 1)]
+  for arm in ARMS:
+    own = rows[rows['arm'] == arm].set_index('task')
+    cells = [
+      f'{100 * own.at[t, "mean"]:.1f} ± {100 * own.at[t, "sd"]:.1f}' if t in own.index else '-'
+      for t in TASKS
+    ]
+    cells.append(f'{100 * own["mean"].mean():.1f}' if len(own) == len(TASKS) else '-')
+    lines.append(f'| {arm} | {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def costs(table: pd.DataFrame) -> str:
+  lines = [f'| | {" | ".join(COSTS)} |', '|---|' + '--:|' * len(COSTS)]
+  for arm in ARMS:
+    own = table[table['arm'] == arm]
+    cells = [
+      format(scale * own[column].median(), form) if column in own and len(own) else '-'
+      for column, scale, form in COSTS.values()
+    ]
+    lines.append(f'| {arm} | {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def differences(table: pd.DataFrame, arm: str, other: str, column: str) -> list[float]:
+  """Of each task and seed, in percent of the other arm; of 'score' in points."""
+  both = [table[table['arm'] == name].set_index(['task', 'seed']) for name in (arm, other)]
+  common = sorted(set(both[0].index) & set(both[1].index))
+  new, old = (each.loc[common, column].to_numpy(float) for each in both)
+  return list(100 * (new - old) if column == 'score' else 100 * (new / old - 1))
+
+
+def judged(table: pd.DataFrame) -> list[claims.Claim]:
+  found = []
+
+  def claim(text, arm, other, column, expected='less'):
+    unit, margin = (' points', MARGIN) if column == 'score' else (' %', 0.0)
+    given = differences(table, arm, other, column)
+    found.append(claims.judge(text, given, expected, margin=margin, unit=unit))
+
+  for arm, name in (('lora', 'LoRA'), ('adapter', 'Adapters')):
+    claim(
+      f'{name}: a training step takes less time than of full fine-tuning',
+      arm,
+      'full',
+      'train.step_ms',
+    )
+    claim(f'{name}: and less memory', arm, 'full', 'memory_mb.step')
+    claim(f'{name}: at the same score, within {MARGIN:g} points', arm, 'full', 'score', 'same')
+  slow, small = shape_column(32, 64), 'bytes.whole'
+  for arm, name in (
+    ('layers', 'Layers removed'),
+    ('int8', 'int8'),
+    ('layers + int8 + lora', 'All at once'),
+  ):
+    claim(f'{name}: inference takes less time than of the full model', arm, 'full', slow)
+    claim(f'{name}: and less memory', arm, 'full', 'memory_mb.inference')
+    claim(f'{name}: the model is smaller', arm, 'full', small)
+    claim(f'{name}: at the same score, within {MARGIN:g} points', arm, 'full', 'score', 'same')
+  for other in ('layers', 'int8'):
+    claim(f'All at once is faster than {other} alone', 'layers + int8 + lora', other, slow)
+    claim(f'All at once is smaller than {other} alone', 'layers + int8 + lora', other, small)
+  return found  # fmt: skip
+
+
+def recommendations(table: pd.DataFrame) -> str:
+  """Of each task what to take: as fast as half of the full model's time, small, nearly as good."""
+  lines = ['| task | limits | take | score | if not |', '|---|---|---|--:|---|']
+  for task in TASKS:
+    full = table[(table['task'] == task) & (table['arm'] == 'full')]
+    if full.empty:
+      continue
+    half = round(float(full[shape_column(32, 64)].median()) / 2, 1)
+    for limits in (
+      {'max_latency_ms': half, 'latency_batch': 32, 'latency_length': 64},
+      {'max_size_mb': 30.0},
+      {'max_trained': 200_000, 'min_relative_metric': 0.97},
+    ):
+      told = recommend.recommend(HERE, task=task, **limits)
+      flags = ' '.join(f'--{name}={value}' for name, value in limits.items())
+      best, rest = told['choice'], told['runners_up']
+      name = best['arm'] if told['fits'] else f'nothing fits; nearest: {best["arm"]}'
+      low, high = (100 * best[side] for side in ('low', 'high'))
+      score = f'{100 * best["mean"]:.1f} ({low:.1f} to {high:.1f})'
+      second = f'{rest[0]["arm"]}: {rest[0]["verdict"]}' if rest else '-'
+      lines.append(f'| {task} | `{flags}` | {name} | {score} | {second} |')
+  return '\n'.join(lines) + '\n'
+
+
+def main(argv):
+  del argv
+  found = records.read(HERE)
+  rows, notes = selection.choose(selection.settings(found), intervals=False)
+  own = found.table.reset_index(drop=True)
+  own['score'] = [
+    row[f'metrics.report.{row["metric"]}'] for _, row in own.iterrows()
+  ]  # fmt: skip
+  parts = [INTRODUCTION, scores(rows), '## Costs\n', costs(own)]
+  parts += ['## What to take\n', recommendations(own)]
+  parts += ['## What the paper says\n', claims.markdown(judged(own))]
+  parts.append(
+    'Differences are of each task and seed, to the arm that is named; in brackets the 95 % '
+    'interval of their mean.\n'
+  )
+  parts += [f'- {note}' for note in notes]
+  if len(found.failed):
+    parts.append(f'{len(found.failed)} runs failed or diverged.\n')
+  files.atomic_write(HERE / 'README.md', '\n'.join(parts))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,132 @@
+"""README.md of this folder, from records.jsonl: the survey's table, and what it claims.
+
+    python experiments/xu2023/findings.py
+
+The same records give the same bytes.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+from absl import app
+from study import ROWS, TASKS
+
+from efft import files
+from efft.report import claims, records, selection
+
+HERE = Path(__file__).parent
+UNCOUNTED = ('Adapter^S', 'MAM')  # of these the survey's #TP seems to leave out the head
+INTRODUCTION = """# Xu et al. 2023, thirteen rows of a GLUE table
+
+all-MiniLM-L6-v2 in place of RoBERTa, four tasks of GLUE, 250 steps of 8 examples in bfloat16, three
+seeds: mean and standard deviation of the metric x 100 (Matthews correlation, Pearson correlation,
+else accuracy). Of two learning rates one half of the validation split has chosen; the other half is
+reported. The configs are those of `configs/`, with efft's defaults: sizes (an adapter's width, a
+prompt's length) are not the survey's. Cut: QQP, MNLI, QNLI and RTE, the large model, generation.
+
+`#TP` counts as the survey seems to: all that trains, masks by their scores, the head included but
+for Adapter^S and MAM, nothing for Child-Tuning_D. `trained`, `stored` (what 32 bits hold in the
+bundle: masks as bits, prefixes expanded) and `head` are efft's counts. `memory` is what the
+compiled training step of 8 examples asks for, one run alone, the largest of the tasks. Made by
+`efft sweep --study=experiments/xu2023/study.py --workdir=experiments/xu2023` and `findings.py`.
+"""
+
+
+def table(rows: pd.DataFrame) -> str:
+  lines = [
+    f'| | {" | ".join(TASKS)} | average | #TP | trained | stored | head | memory, MB |',
+    '|---|' + '--:|' * (len(TASKS) + 6),
+  ]
+  for name in ROWS:
+    own = rows[rows['arm'] == name].set_index('task')
+    cells = [
+      f'{100 * own.at[t, "mean"]:.1f} ± {100 * own.at[t, "sd"]:.1f}' if t in own.index else '-'
+      for t in TASKS
+    ]
+    cells.append(f'{100 * own["mean"].mean():.1f}' if len(own) == len(TASKS) else '-')
+    if len(own):
+      trained, stored, head = (
+        int(own[f'parameters.{kind}'].max()) for kind in ('trained', 'stored', 'head')
+      )
+      theirs = trained - head * (name in UNCOUNTED)
+      cells += ['-' if name == 'Child-Tuning_D' else f'{theirs:,}']
+      cells += [f'{trained:,}', f'{stored:,}', f'{head:,}', f'{own["memory_mb.step"].max():.0f}']
+    else:
+      cells += ['-'] * 5
+    lines.append(f'| {name} | {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def differences(rows: pd.DataFrame, name: str, other: str, column: str | None = None) -> list:
+  """Of each task and seed the score's difference in points, or the column's in percent."""
+  found = []
+  for task in TASKS:
+    both = [rows[(rows['arm'] == arm) & (rows['task'] == task)] for arm in (name, other)]
+    if any(each.empty for each in both):
+      continue
+    new, old = (each.iloc[0] for each in both)
+    if column:
+      found.append(100 * (new[column] / old[column] - 1))
+    else:
+      seeds = sorted(new['values'].keys() & old['values'].keys())
+      found += [100 * (new['values'][seed] - old['values'][seed]) for seed in seeds]
+  return found
+
+
+def judged(rows: pd.DataFrame) -> list[claims.Claim]:
+  def score(text, name, other, expected, **more):
+    unit = ' points'
+    return claims.judge(text, differences(rows, name, other), expected, unit=unit, **more)
+
+  def memory(text, name, other, expected):
+    found = differences(rows, name, other, 'memory_mb.step')
+    return claims.judge(text, found, expected, unit=' %')
+
+  others = [name for name in ROWS if name != 'ProPELT_Adapter']
+  averages = rows.groupby('arm')['mean'].mean()
+  known = [name for name in others if name in averages]
+  second = max(known, key=lambda name: averages[name], default='FT')
+  return [
+    score('ProPELT_Adapter is better than full fine-tuning', 'ProPELT_Adapter', 'FT', 'more'),
+    score(
+      f'ProPELT_Adapter has the best average (here: against {second}, the best of the others)',
+      'ProPELT_Adapter', second, 'more',
+    ),
+    score('Sequential adapters are better than full fine-tuning', 'Adapter^S', 'FT', 'more'),
+    score('BitFit is better than full fine-tuning', 'BitFit', 'FT', 'more'),
+    score('LoRA is level with full fine-tuning, within a point', 'LoRA', 'FT', 'same', margin=1.0),
+    score('Child-Tuning_D is better than full fine-tuning', 'Child-Tuning_D', 'FT', 'more'),
+    score('Prompt tuning is far behind full fine-tuning', 'Prompt-tuning', 'FT', 'less'),
+    score('Prefix tuning is behind full fine-tuning', 'Prefix-tuning', 'FT', 'less'),
+    score('AdaLoRA is no better than LoRA', 'AdaLoRA', 'LoRA', 'less'),
+    memory('LoRA needs less memory than full fine-tuning', 'LoRA', 'FT', 'less'),
+    memory('(IA)^3 needs less memory than full fine-tuning', '(IA)^3', 'FT', 'less'),
+    memory('BitFit needs less memory than full fine-tuning', 'BitFit', 'FT', 'less'),
+    memory('Sequential adapters need more memory than LoRA', 'Adapter^S', 'LoRA', 'more'),
+    memory('ProPELT_Adapter needs more memory than LoRA', 'ProPELT_Adapter', 'LoRA', 'more'),
+  ]  # fmt: skip
+
+
+def main(argv):
+  del argv
+  found = records.read(HERE)
+  rows, notes = selection.choose(selection.settings(found), intervals=False)
+  rows = rows.assign(**{
+    column: [
+      found.table.loc[list(each.values()), column].median() for each in rows['records']
+    ]
+    for column in ('parameters.trained', 'parameters.stored', 'parameters.head', 'memory_mb.step')
+  })  # fmt: skip
+  parts = [INTRODUCTION, table(rows), '## What the survey says', claims.markdown(judged(rows))]
+  parts.append(
+    'Differences in points are of each task and seed, of memory in percent of each task; in '
+    'brackets the 95 % interval of their mean. A claim whose interval holds 0 cannot be told.\n'
+  )
+  parts += [f'- {note}' for note in notes]
+  if len(found.failed):
+    parts.append(f'{len(found.failed)} runs failed or diverged.\n')
+  files.atomic_write(HERE / 'README.md', '\n'.join(parts))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,43 @@
+"""Verdicts on claims, against what each pattern of differences must give."""
+
+import pytest
+
+from efft.errors import InputError
+from efft.report import claims
+
+ABOVE, BELOW, AROUND = [1.0, 2.0, 3.0, 2.0], [-1.0, -2.0, -3.0, -2.0], [-4.0, 5.0, -3.0, 4.0]
+SMALL = [0.1, -0.1, 0.2, -0.2]
+
+
+@pytest.mark.parametrize(
+  ('differences', 'expected', 'margin', 'verdict'),
+  [
+    (ABOVE, 'more', 0.0, claims.AGREES),
+    (ABOVE, 'less', 0.0, claims.DISAGREES),
+    (ABOVE, 'same', 0.5, claims.DISAGREES),
+    (ABOVE, 'same', 5.0, claims.AGREES),
+    (BELOW, 'more', 0.0, claims.DISAGREES),
+    (BELOW, 'less', 0.0, claims.AGREES),
+    (BELOW, 'same', 0.5, claims.DISAGREES),
+    (AROUND, 'more', 0.0, claims.OPEN),
+    (AROUND, 'less', 0.0, claims.OPEN),
+    (AROUND, 'same', 0.5, claims.OPEN),
+    (SMALL, 'same', 0.5, claims.AGREES),
+    (ABOVE[:2], 'more', 0.0, claims.OPEN),
+    ([], 'more', 0.0, claims.OPEN),
+  ],
+)
+def test_a_verdict_follows_from_where_the_interval_is(differences, expected, margin, verdict):
+  found = claims.judge('text', differences, expected, margin=margin)
+  assert found.verdict == verdict
+
+
+def test_the_numbers_are_the_mean_and_its_interval():
+  found = claims.judge('BitFit is better', [2.0, 2.0, 2.0], 'more', unit=' points')
+  assert found == ('BitFit is better', '+2.0 points (+2.0 to +2.0, n = 3)', claims.AGREES)
+  assert claims.markdown([found]).splitlines()[2].startswith('| BitFit is better | +2.0 points')
+
+
+def test_an_unknown_expectation_is_refused():
+  with pytest.raises(InputError, match='bigger'):
+    claims.judge('text', ABOVE, 'bigger')

@@ -1,0 +1,146 @@
+"""The studies' pages, from made-up records in which we know who wins."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from efft import sweep
+
+ROOT = Path(__file__).parent.parent / 'experiments'
+
+
+def study_module(name):
+  spec = importlib.util.spec_from_file_location(name, ROOT / name / 'study.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def record(run: sweep.Run, score: float, costs: dict) -> dict:
+  """What `efft sweep` writes, with `score` on all splits but the one that must not be shown."""
+  task = run.config.partition('task=')[2]
+  cost = {'trained': 1000, 'stored': 1000, 'head': 100, 'memory': 50.0, 'step': 10.0} | costs
+  cost = {'slow': 4.0, 'whole': 80e6, 'inference': 20.0} | cost
+  overrides = dict(run.overrides)
+  return {
+    'schema': 1, 'study': 'study', 'run': None, 'arm': run.arm, 'overrides': overrides,
+    'seed': overrides['seed'], 'task': task, 'metric': 'accuracy', 'higher_is_better': True,
+    'status': 'ok', 'error': None,
+    'config': {'task': {'name': task, 'fraction': overrides.get('task.fraction', 1.0)}},
+    'config_hash': str(hash(json.dumps(overrides, sort_keys=True, default=str))),
+    'metrics': {
+      'validation': {'accuracy': score + overrides.get('optim.lr', 0)},
+      'report': {'accuracy': score}, 'test': {'accuracy': 0.0},
+    },
+    'parameters': {**{n: cost[n] for n in ('trained', 'stored', 'head')}, 'total': 10**6},
+    'flops': {'step': 1.0, 'example': 1.0},
+    'memory_mb': {'step': cost['memory'], 'inference': cost['inference'], 'peak': 100.0},
+    'train': {'seconds': 5.0, 'step_ms': cost['step']},
+    'latency': [
+      {'batch': b, 'length': 64, 'precision': 'f32', 'p50_ms': b * cost['slow']} for b in (1, 32)
+    ],
+    'bytes': {'bundle': 1000, 'whole': cost['whole']},
+  }  # fmt: skip
+
+
+def page(tmp_path, name, records) -> str:
+  """README.md of a study with these records; made twice, to see that it is the same."""
+  folder = tmp_path / name
+  folder.mkdir()
+  for file in ('study.py', 'findings.py'):
+    shutil.copy(ROOT / name / file, folder)
+  (folder / 'records.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
+  pages = []
+  for _ in range(2):
+    environment = os.environ | {'PYTHONPATH': str(ROOT.parent)}
+    command = [sys.executable, str(folder / 'findings.py')]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages.append((folder / 'README.md').read_bytes())
+  assert pages[0] == pages[1]
+  return pages[0].decode()
+
+
+def verdict(text: str, claim: str) -> str:
+  plain = text.replace('\\', '')  # Markdown's escapes
+  (line,) = re.findall(rf'^\| {claim}.*\| ([a-z ]+) \|$', plain, re.M)
+  return line
+
+
+def test_xu2023(tmp_path):
+  module = study_module('xu2023')
+  best = {'ProPELT_Adapter': 0.9, 'Prompt-tuning': 0.3, 'BitFit': 0.7}
+  costs = {'FT': {'memory': 90.0}, 'Adapter^S': {'memory': 70.0}, 'LoRA': {'memory': 60.0}}
+  runs = list(module.runs())
+  records = [
+    record(run, best.get(run.arm, 0.8) + 0.001 * run.overrides['seed'], costs.get(run.arm, {}))
+    for run in runs
+  ]
+  assert len(records) == 13 * 4 * 2 * 3
+  text = page(tmp_path, 'xu2023', records)
+  assert verdict(text, 'ProPELT_Adapter is better') == 'agrees'
+  assert verdict(text, 'ProPELT_Adapter has the best') == 'agrees'
+  assert verdict(text, 'BitFit is better') == 'disagrees'
+  assert verdict(text, 'LoRA is level') == 'agrees'
+  assert verdict(text, 'Child-Tuning_D is better') == 'cannot be told'
+  assert verdict(text, 'LoRA needs less memory') == 'agrees'
+  assert verdict(text, 'Sequential adapters need more') == 'agrees'
+  (row,) = re.findall(r'^\| BitFit \| (.*) \|$', text, re.M)
+  cells = row.split(' | ')
+  assert cells[:5] == ['70.1 ± 0.1'] * 4 + ['70.1']
+  assert cells[5:] == ['1,000', '1,000', '1,000', '100', '50']
+  (row,) = re.findall(r'^\| Adapter\^S \| (.*) \|$', text, re.M)
+  assert row.split(' | ')[5:7] == ['900', '1,000']
+
+
+def test_doering2024(tmp_path):
+  module = study_module('doering2024')
+
+  def score(run):
+    method, seed, share = run.arm.partition(',')[0], run.overrides['seed'], 1.0
+    share = run.overrides['task.fraction']
+    if method == 'bitfit':
+      return 0.8 + 0.05 * (0.3 <= share <= 0.7) + 0.001 * seed
+    return 0.8 + {'full': 0.01, 'pfeiffer': 0.05}[method] * (seed - 2)
+
+  records = [record(run, score(run), {}) for run in module.runs()]
+  text = page(tmp_path, 'doering2024', records)
+  assert verdict(text, 'BitFit is better') == 'agrees'
+  assert verdict(text, 'BitFit is stable') == 'agrees'
+  assert verdict(text, 'Adapters vary more') == 'agrees'
+  assert verdict(text, 'BitFit keeps up .* budgets') == 'agrees'
+  assert verdict(text, 'Adapters bring no') == 'agrees'
+  (row,) = re.findall(r'^\| 40% \| (.*) \|$', text.partition('| cola |')[0], re.M)
+  assert row.split(' | ') == ['85.2 ± 0.2 (85.0)', '80.0 ± 7.9 (70.0)', '80.0 ± 1.6 (78.0)']
+
+
+def test_thomas2025(tmp_path):
+  module = study_module('thomas2025')
+  costs = {
+    'full': {'step': 20.0, 'trained': 10**6},
+    'lora': {'memory': 20.0},
+    'layers': {'slow': 2.0, 'whole': 40e6},
+    'int8': {'slow': 5.0, 'whole': 25e6},
+    'layers + int8 + lora': {'slow': 1.5, 'whole': 15e6, 'inference': 5.0},
+  }
+  scores = {'full': 0.85, 'layers + int8 + lora': 0.7}
+  records = [
+    record(run, scores.get(run.arm, 0.84) + 0.001 * run.overrides['seed'], costs.get(run.arm, {}))
+    for run in module.runs()
+  ]
+  text = page(tmp_path, 'thomas2025', records)
+  assert verdict(text, 'LoRA: a training step') == 'agrees'
+  assert verdict(text, 'LoRA: and less memory') == 'agrees'
+  assert verdict(text, 'LoRA: at the same score') == 'agrees'
+  assert verdict(text, 'int8: inference takes') == 'disagrees'
+  assert verdict(text, 'int8: the model is smaller') == 'agrees'
+  assert verdict(text, 'All at once: at the same') == 'disagrees'
+  assert verdict(text, 'All at once is faster than layers') == 'agrees'
+  (line,) = re.findall(r'^\| sst2 \| `--max_latency_ms=64.0[^|]*` \| (.*) \|$', text, re.M)
+  assert line.startswith('layers | 84.1 (')
+  assert '| full | 1,000,000 | 20 | 50 | 5 | 4.00 | 128.0 | 20.0 | 80.0 |' in text
