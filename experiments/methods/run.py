@@ -6,7 +6,8 @@ FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Ha
 split chooses learning rates (`task.halves`): for each family, one config tries its own rate times
 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best there all
 configs of the family take. A config that ends below the head alone, or far below the one that
-searched, searches for itself, in the same way and on the same half. The other half is reported.
+searched, searches for itself, in the same way and on the same half. One that is still below the
+head alone then gives its head the rate that the head alone has. The other half is reported.
 What records.jsonl has is not made again, so the command may be stopped and started at will; several
 at once share the work by --shard (on a CPU: one for each core, each under `taskset -c`). `table.py`
 makes the table.
@@ -45,7 +46,9 @@ OUTPUT = flags.DEFINE_string('output', str(HERE / 'records.jsonl'), 'where recor
 SHARD = flags.DEFINE_string('shard', '0/1', 'this process makes every n-th config, from the i-th')
 TASKS = flags.DEFINE_list('tasks', ['stsb', 'cola'], 'of BUDGETS')
 CONFIGS = flags.DEFINE_list('configs', [], 'only these')
-ONE = flags.DEFINE_string('one', None, 'internal: [task, config, [[seed, factor], ...]] as JSON')
+ONE = flags.DEFINE_string(
+  'one', None, 'internal: [task, config, [[seed, factor, rate of the head], ...]] as JSON'
+)
 
 
 class Budget(NamedTuple):
@@ -102,7 +105,7 @@ def names() -> dict[str, str]:
   }
 
 
-def settings(task: str, name: str, seed: int, factor: float):
+def settings(task: str, name: str, seed: int, factor: float, head: float | None = None):
   """The config of one run: everything as the file says but the budget and the rates."""
   budget = BUDGETS[task]
   config = configs.load(f'configs/{name}.py:task={task}')
@@ -119,17 +122,20 @@ def settings(task: str, name: str, seed: int, factor: float):
   for fields in config.optim.groups.values():
     if fields.lr is not None:
       fields.lr *= factor
+  if head is not None:
+    config.optim.groups['head'] = {'lr': head}
   return config
 
 
-def key(task: str, name: str, seed: int, factor: float) -> dict:
+def key(task: str, name: str, seed: int, factor: float, head: float | None) -> dict:
   """What makes a record another one."""
-  return {'task': task, 'config': name, 'seed': seed, 'factor': factor, **BUDGETS[task]._asdict()}
+  own = {'task': task, 'config': name, 'seed': seed, 'factor': factor}
+  return own | ({} if head is None else {'head_lr': head}) | BUDGETS[task]._asdict()
 
 
 def one(task: str, name: str, runs: list) -> None:
-  """Trains a config with several (seed, factor) in this process, and appends their records."""
-  given = [settings(task, name, seed, factor) for seed, factor in runs]
+  """Trains a config with several runs in this process, and appends their records."""
+  given = [settings(task, name, *run) for run in runs]
   with tempfile.TemporaryDirectory() as scratch:
     workdirs = [Path(scratch) / str(i) for i in range(len(runs))]
     if len(runs) > 1 and population.common(given[0]) is not None:
@@ -137,8 +143,8 @@ def one(task: str, name: str, runs: list) -> None:
     else:
       found = [finetune.train(*pair) for pair in zip(given, workdirs, strict=True)]
   metric = BUDGETS[task].metric
-  for (seed, factor), config, results in zip(runs, given, found, strict=True):
-    record = {**key(task, name, seed, factor), 'lr': config.optim.lr}
+  for run, config, results in zip(runs, given, found, strict=True):
+    record = {**key(task, name, *run), 'lr': config.optim.lr}
     if 'diverged' in results:
       record |= {'chosen': None, 'reported': None, 'error': f'diverged at {results["diverged"]}'}
     else:
@@ -158,7 +164,7 @@ def search(records: list[dict], task: str, name: str) -> tuple[list[float], floa
   found = {
     r['factor']: (-math.inf, -math.inf) if r['chosen'] is None else (r['chosen'], -r['chosen_loss'])
     for r in records
-    if (r['seed'], r['task'], r['config']) == (0, task, name)
+    if (r['seed'], r['task'], r['config'], r.get('head_lr')) == (0, task, name, None)
   }
   if missing := [factor for factor in FACTORS if factor not in found]:
     return missing, None
@@ -169,10 +175,17 @@ def search(records: list[dict], task: str, name: str) -> tuple[list[float], floa
   return [], best
 
 
-def chosen_scores(records: list[dict], name: str, factor: float | None) -> list[float]:
-  """Of all seeds, on the half that chooses; what has none counts as -1."""
-  own = [r for r in records if (r['config'], r['factor']) == (name, factor)]
-  return [-1.0 if r['chosen'] is None else r['chosen'] for r in own]
+def mark(records: list[dict], name: str, factor: float | None) -> float | None:
+  """The mean over seeds on the half that chooses, a run without a score counted as -1.
+
+  None where there are not all of the seeds.
+  """
+  own = {
+    r['seed']: -1.0 if r['chosen'] is None else r['chosen']
+    for r in records
+    if (r['config'], r['factor'], r.get('head_lr')) == (name, factor, None)
+  }
+  return statistics.mean(own.values()) if len(own) == len(SEEDS) else None
 
 
 def main(argv):
@@ -193,37 +206,43 @@ def main(argv):
     """The runs to make next; None while another config is still searching for this one."""
     known = records(task)
     searcher = SEARCH.get(families[name], SEARCH['low rank'])
+    have = {(r['seed'], r['factor'], r.get('head_lr')) for r in known if r['config'] == name}
+
+    def lacking(factor, head=None):
+      return [(seed, factor, head) for seed in SEEDS if (seed, factor, head) not in have]
+
     factors, best = search(known, task, searcher)
     if name == searcher and factors:
-      return [(0, factor) for factor in factors]
+      return [(0, factor, None) for factor in factors]
     if best is None:
       return None
-    have = {(r['seed'], r['factor']): r for r in known if r['config'] == name}
-    if missing := [(seed, best) for seed in SEEDS if (seed, best) not in have]:
-      return missing
-    if name != searcher:
-      factor = search(known, task, SEARCH[families[HEAD]])[1]
-      marks = chosen_scores(known, HEAD, factor), chosen_scores(known, searcher, best)
-      if any(len(scores) < len(SEEDS) for scores in marks):
-        return None
-      head, first = map(statistics.mean, marks)
-      if statistics.mean(chosen_scores(known, name, best)) < max(head - NOISE, first - BEHIND):
-        factors, best = search(known, task, name)
-        if factors:
-          return [(0, factor) for factor in factors]
-    return [(seed, best) for seed in SEEDS if (seed, best) not in have]
+    if runs := lacking(best):
+      return runs
+    rate = search(known, task, HEAD)[1]
+    head, first = mark(known, HEAD, rate), mark(known, searcher, best)
+    if head is None or first is None:
+      return None
+    if name != searcher and mark(known, name, best) < max(head - NOISE, first - BEHIND):
+      factors, best = search(known, task, name)
+      if runs := [(0, factor, None) for factor in factors] or lacking(best):
+        return runs
+    if name != HEAD and mark(known, name, best) < head - NOISE:
+      return lacking(best, rate * configs.load(f'configs/{HEAD}.py').optim.lr)
+    return []
 
   def make(task, name, runs):
     # In a process of its own: memory and crashes stay in it.
     again = [f'--{f.name}={f.value}' for f in (DATA, MODEL, OUTPUT) if f.value is not None]
     command = [sys.executable, __file__, *again, f'--one={json.dumps([task, name, runs])}']
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    have = {(r['config'], r['seed'], r['factor']) for r in records(task)}
+    known = records(task)
     error = ' '.join(done.stderr.strip().splitlines()[-1:])[:500]
-    for seed, factor in runs:
-      if (name, seed, factor) not in have:
+    for run in runs:
+      own = key(task, name, *run)
+      rate = own.get('head_lr')
+      if not any(own.items() <= r.items() and r.get('head_lr') == rate for r in known):
         failed = {'chosen': None, 'reported': None, 'error': error}
-        files.append_jsonl(output, key(task, name, seed, factor) | failed)
+        files.append_jsonl(output, own | failed)
         print(name, error, flush=True)
 
   # Those that search go first: the others wait for them.

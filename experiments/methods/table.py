@@ -33,7 +33,7 @@ been run yet. Made by `run.py`, `cost.py` and `table.py`.
 def final(records: list[dict]) -> dict:
   """{(config, task): its records at the learning rate of its family, by seed}.
 
-  Of a config that searched for its family, the factor is what was best on the half that chooses.
+  Of a config that searched, the rates are what was best with seed 0 on the half that chooses.
   """
   cells: dict = {}
   for record in records:
@@ -45,8 +45,9 @@ def final(records: list[dict]) -> dict:
 
   out = {}
   for key, found in cells.items():
-    best = max((r for r in found if r['seed'] == 0), key=rank)['factor']
-    kept = {r['seed']: r for r in found if r['factor'] == best}
+    best = max((r for r in found if r['seed'] == 0), key=rank)
+    rates = best['factor'], best.get('head_lr')
+    kept = {r['seed']: r for r in found if (r['factor'], r.get('head_lr')) == rates}
     out[key] = [kept[seed] for seed in sorted(kept)]
   return out
 
