@@ -1,7 +1,7 @@
 """Diff pruning: a sparse difference to the kernels (Guo et al. 2021, arXiv 2012.07463).
 
-Difference and gates train, twice the size of the kernels; a penalty closes gates, and of what is
-left only the largest 0.5 % count when evaluating.
+Difference and gates train, twice the size of the kernels, and a penalty closes gates. After half of
+the run only the largest 0.5 % of each kernel's differences are kept, and go on training.
 
     efft train --config=configs/diff_pruning.py:task=rotten_tomatoes --workdir=runs/diff_pruning
 """
@@ -17,6 +17,7 @@ def get_config(arg=''):
     ('delta/.*', 'delta'),
     ('params/.*', 'frozen'),
   )
-  config.optim.groups = {'delta': {'weight_decay': 0.0}}
+  cut = {'fn': 'diff.fixed', 'density': 0.005}
+  config.optim.groups = {'delta': {'weight_decay': 0.0, 'transform': cut}}
   config.optim.lr = 1e-4
   return config

@@ -294,6 +294,48 @@ def test_diff_gates():
   assert np.abs(np.asarray(cut))[np.asarray(cut) != 0].min() >= np.sort(np.abs(rest), None)[-300]
 
 
+def test_diff_fixes_its_mask_as_the_loop_by_hand():
+  """Before the cut, at it, and after it; what the model sees then is the same with any draw."""
+  density, steps, rate = 0.1, 6, 0.5
+  rng = np.random.default_rng(2)
+  sizes = {'w': (8, 5), 'alpha': (8, 5), 'alpha_kernel': (1,)}
+  own = {name: rng.normal(size=shape) for name, shape in sizes.items()}
+  grads = [{name: rng.normal(size=shape) for name, shape in sizes.items()} for _ in range(steps)]
+
+  def gate(x):
+    return np.clip(3 / (1 + np.exp(-x)) - 1.5, 0, 1)
+
+  wanted, kept = {name: x.copy() for name, x in own.items()}, None
+  for number, g in enumerate(grads, 1):
+    if number == 3:
+      w = wanted['w'] * gate(wanted['alpha']) * gate(wanted['alpha_kernel'])
+      kept = np.abs(w) >= np.sort(np.abs(w), None)[-4]
+      assert kept.sum() == 4
+      wanted['w'] = np.where(kept, w, 0)
+    elif kept is None:
+      wanted = {name: x - rate * g[name] for name, x in wanted.items()}
+    else:
+      wanted['w'] -= np.where(kept, rate * g['w'], 0)
+
+  opt = diff.fixed(density, 0.5).wrap(optax.sgd(rate), steps, {})
+  params = {'at': {n: jnp.float32(x) for n, x in own.items()}, 'bias': jnp.zeros(2)}
+  params['other'] = optax.MaskedNode()
+  state, update = opt.init(params), jax.jit(opt.update)
+  for g in grads:
+    g = {'at': {n: jnp.float32(x) for n, x in g.items()}, 'bias': jnp.ones(2)}
+    updates, state = update(g | {'other': optax.MaskedNode()}, state, params)
+    params = optax.apply_updates(params, updates)
+  found = params['at']
+  np.testing.assert_allclose(found['w'], wanted['w'], atol=1e-5)
+  np.testing.assert_allclose(params['bias'], -rate * steps)  # no business of the cut
+  np.testing.assert_array_equal(np.asarray(found['alpha']) > 0, kept)
+  delta = diff.diff(density=density)
+  for key in (None, *map(jax.random.key, range(3))):
+    np.testing.assert_array_equal(delta.expand(found, 'layer_0', key)['w'], found['w'])
+  with pytest.raises(InputError, match='diff.diff'):
+    opt.init({'a': jnp.zeros(3)})
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [

@@ -9,20 +9,20 @@ import pytest
 import tiny
 
 from efft import assemble, checkpoint, finetune, mesh
-from efft.peft import budget, galore, masks, movement
+from efft.peft import budget, diff, galore, masks, movement
 from efft.training import loop, losses, optim, step
 
 TOTAL, BROKEN = 8, 3
 # What a transform of these keeps in the optimiser's state, beside that of the optimiser inside.
 MEMORIES = (
-  budget.Budget, galore.Projected, masks.Drawn, movement.Scheduled, optim.Selected,
+  budget.Budget, diff.Fixed, galore.Projected, masks.Drawn, movement.Scheduled, optim.Selected,
 )  # fmt: skip
 # Options of the transform that make something happen within so few steps, and after the break.
 METHODS = {
   'adalora': {'tinit': 0.1, 'tfinal': 0.25, 'delta_t': 2},
   'adapterdrop_robust': {},
   'adamix': {},
-  'diff_pruning': {},
+  'diff_pruning': {'share': 0.6},
   'dylora': {},
   'child_f': {},
   'galore': {'update_proj_gap': 4},

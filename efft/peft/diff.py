@@ -1,14 +1,22 @@
 """Differences to the pretrained kernels that trained gates and masks keep sparse."""
 
 import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from efft import tree
+from efft.errors import InputError
 from efft.peft.base import Delta, at_path, product
+from efft.peft.transform import Transform, leaves
 from efft.peft.updates import LINEARS
 
 FAMILY = 'masks'  # in `efft methods`
+GATES = ('alpha', 'alpha_kernel')  # of each number, of the kernel
+SURE = 30.0  # |alpha| of a gate that no draw opens or closes
 
 
 def diff(
@@ -36,8 +44,8 @@ def diff(
 
   Deviations: kernels of the layers only (the paper's difference has biases, norms and embeddings
   too: give them a rule if they should train); the cut to the largest differences is made of each
-  kernel instead of the whole model, whenever there are no draws, and no second training with a
-  fixed mask follows.
+  kernel instead of the whole model, and already before `fixed` makes it for good, whenever there
+  are no draws.
 
   Args:
     penalty: lambda of the paper.
@@ -54,7 +62,7 @@ def diff(
   if penalty < 0:
     raise ValueError(f'penalty {penalty} is below 0')
   shift = math.log(-low / high)
-  gates = ('alpha', 'alpha_kernel') if structured else ('alpha',)
+  gates = GATES if structured else GATES[:1]
 
   def init(key, site):
     if site.w is None:
@@ -64,8 +72,9 @@ def diff(
     return {**p, 'alpha_kernel': jnp.full((1,), start, jnp.float32)} if structured else p
 
   def gate(alpha, key):
-    draw = 0.0 if key is None else jax.random.logistic(key, alpha.shape)
-    return jnp.clip(jax.nn.sigmoid(alpha + draw) * (high - low) + low, 0.0, 1.0)
+    return stretched(
+      alpha, 0.0 if key is None else jax.random.logistic(key, alpha.shape), low, high
+    )
 
   def expand(p, path, key):
     value = p['w']
@@ -73,9 +82,7 @@ def diff(
       own = None if key is None else jax.random.fold_in(at_path(key, path), number)
       value = value * gate(p[name], own)
     if key is None and density < 1:
-      count = max(1, round(density * value.size))
-      size = jnp.abs(value)
-      value = jnp.where(size >= jnp.sort(size, axis=None)[-count], value, 0)
+      value = jnp.where(largest(value, density), value, 0)
     return {'w': value}
 
   def cost(p, path):
@@ -92,6 +99,92 @@ def diff(
     return expand(p, '', None)
 
   return Delta(init, apply, at, merge, expand=expand, penalty=cost, pack=pack)
+
+
+class Fixed(NamedTuple):
+  """State of an optimiser that cuts once: the steps taken, and of the optimiser inside."""
+
+  count: Any
+  inner: Any
+
+
+def fixed(
+  density: float = 0.005, share: float = 0.5, low: float = -1.5, high: float = 1.5
+) -> Transform:
+  """Diff pruning's second training, with a fixed mask (Guo et al. 2021, sections 3.2 and 4).
+
+  Wraps the optimiser of a group that holds `diff`'s leaves; others go through. After `share` of the
+  run a step takes the place of the optimiser's: of each kernel the share `density` with the largest
+  |z w| (gates without draws) keeps w := z w, with a gate that stays open; all else becomes w := 0,
+  with a gate that stays closed. From then on gates stand still, and only what was kept trains.
+
+  Deviations: one schedule for both trainings; the cut is made of each kernel, as in `diff`, whose
+  density, low and high have to be the same.
+
+  Args:
+    density: share of each kernel's numbers that are kept.
+    share: of the run before the cut.
+    low, high: of the gates.
+  """
+  if not 0 < density <= 1:
+    raise ValueError(f'density {density} is not in (0, 1]')
+  if not 0 < share < 1:
+    raise ValueError(f'share {share} is not between 0 and 1')
+
+  def wrap(inner, steps, given):
+    last = max(1, round(share * steps))
+
+    def init(params):
+      if not _sites(leaves(params)):
+        where, found = 'config.optim.groups', 'no leaves w, alpha of one site'
+        raise InputError(where, found, 'those of diff.diff', 'use it with diff.diff')
+      return Fixed(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(grads, state, params):
+      updates, after = inner.update(grads, state.inner, params)
+      count, values, flat = state.count + 1, leaves(params), tree.flatten(updates)
+      for site in _sites(values):
+        names = [name for name in ('w', *GATES) if f'{site}/{name}' in values]
+        own = {name: values[f'{site}/{name}'] for name in names}
+        given = {name: flat[f'{site}/{name}'] for name in names}
+        found = jax.lax.cond(count == last, cut, partial(go_on, count > last), own, given)
+        flat |= {f'{site}/{name}': found[name] for name in names}
+      return tree.unflatten(flat), Fixed(count, after)
+
+    def cut(own, given):
+      del given  # this step is the cut's
+      w = own['w']
+      for name in own.keys() - {'w'}:
+        w = w * stretched(own[name], 0.0, low, high)
+      kept = largest(w, density)
+      to = {'w': jnp.where(kept, w, 0), 'alpha': jnp.where(kept, SURE, -SURE)}
+      to['alpha_kernel'] = SURE
+      return {name: to[name] - x for name, x in own.items()}
+
+    def go_on(over, own, given):
+      moves = {'w': ~over | (own['alpha'] > 0)}
+      return {name: jnp.where(moves.get(name, ~over), u, 0) for name, u in given.items()}
+
+    return optax.GradientTransformation(init, update)
+
+  return Transform(wrap=wrap)
+
+
+def stretched(alpha, draw, low: float, high: float):
+  """The hard-concrete gate of `alpha`, with the logistic noise `draw` or without (0)."""
+  return jnp.clip(jax.nn.sigmoid(alpha + draw) * (high - low) + low, 0.0, 1.0)
+
+
+def largest(value, density: float):
+  """Which numbers are of the share `density` with the largest size; of equals all."""
+  size = jnp.abs(value)
+  return size >= jnp.sort(size, axis=None)[-max(1, round(density * value.size))]
+
+
+def _sites(flat) -> list[str]:
+  """Where the group has w and alpha."""
+  found = {path.rpartition('/')[0] for path in flat if path.endswith('/alpha')}
+  return sorted(site for site in found if f'{site}/w' in flat)
 
 
 def threshold_mask(

@@ -58,3 +58,14 @@ def markdown(claims: Sequence[Claim]) -> str:
   lines = ['| the paper | here | |', '|---|---|---|']
   lines += ['| ' + ' | '.join(map(cell, claim)) + ' |' for claim in claims]
   return '\n'.join(lines) + '\n'
+
+
+def page(
+  parts: Sequence[str], judged: Sequence[Claim], about: str, notes: Sequence[str], failed: int
+) -> str:
+  """A study's page in Markdown: its parts, what was claimed, notes, and how many runs failed."""
+  end = [f'- {note}' for note in notes]
+  if failed:
+    end.append(f'{failed} runs failed or diverged.')
+  sections = [*parts, '## What the paper says', markdown(judged), about, *end]
+  return '\n\n'.join(section.strip('\n') for section in sections) + '\n'

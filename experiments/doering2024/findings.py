@@ -101,16 +101,13 @@ def main(argv):
   parts += [table(rows, t, {f'{s:.0%}': by_data(t, s) for s in FRACTIONS}) for t in TASKS]
   parts.append('## By time\n')
   parts += [table(rows, t, {f'{s} s': by_time(t, s) for s in SECONDS}) for t in TASKS]
-  parts += ['## What the paper says\n', claims.markdown(judged(rows))]
-  parts.append(
+  about = (
     f'Differences are of means (or standard deviations) over five seeds, one for each task and '
     f'share or budget; in brackets the 95 % interval of their mean. To keep up is to be within '
-    f'{MARGIN:g} points.\n'
+    f'{MARGIN:g} points.'
   )
-  parts += [f'- {note}' for note in notes]
-  if len(found.failed):
-    parts.append(f'{len(found.failed)} runs failed or diverged.\n')
-  files.atomic_write(HERE / 'README.md', '\n'.join(parts))
+  text = claims.page(parts, judged(rows), about, notes, len(found.failed))
+  files.atomic_write(HERE / 'README.md', text)
 
 
 if __name__ == '__main__':

@@ -18,10 +18,15 @@ from efft import catalogue, files
 HERE = Path(__file__).parent
 TASKS = ('stsb', 'cola')
 SEEDS = (0, 1, 2)
+HEAD, NOISE = 'head', 0.03
+PROMPTS = """Prompts move what the head sees before they have learnt anything: with a prompt that
+does not train, and the head at the rate of the head alone, stsb ends at {} (`frozen_prompt.py`).
+In so short a run they do not make up for it."""
 INTRODUCTION = """# Every method on two tasks
 
 all-MiniLM-L6-v2; stsb (Pearson correlation; 300 steps of 4 pairs) and cola (Matthews correlation;
-200 steps of 16 sentences, classes weighted): mean and standard deviation over three seeds, x 100.
+200 steps of 16 sentences in bfloat16, classes weighted): mean and standard deviation over three
+seeds, x 100.
 One half of the validation split has chosen learning rates by families, the other half is reported.
 The budget is the same for all, and small: it ranks how fast methods learn, not where they end.
 Examples a second, the memory that a compiled step asks for and the largest resident set of the
@@ -71,6 +76,24 @@ def paid(cost: dict | None) -> list[str]:
   ]  # fmt: skip
 
 
+def below(cells: dict) -> str:
+  """What ends below the head alone by more than run.py's NOISE, and what is known of it."""
+  lines = ['## Below the head alone', '']
+  for task in TASKS:
+    means = {
+      name: statistics.mean(r['reported'] for r in found)
+      for (name, other), found in cells.items()
+      if other == task and all(r['reported'] is not None for r in found)
+    }
+    if HEAD in means:
+      worse = sorted(name for name, x in means.items() if x < means[HEAD] - NOISE)
+      lines.append(f'- {task}: {", ".join(f"`{name}`" for name in worse) or "none"}.')
+  still = HERE / 'frozen_prompt.jsonl'
+  if still.exists():
+    lines += ['', PROMPTS.format(score(files.read_jsonl(still)))]
+  return '\n'.join(lines)
+
+
 def main(argv):
   del argv
   records = files.read_jsonl(HERE / 'records.jsonl')
@@ -90,6 +113,8 @@ def main(argv):
     ]
     row += [f'{trained[0]:,}' if trained else '-', *paid(costs.get(name))]
     print('| ' + ' | '.join(row) + ' |')
+  print()
+  print(below(cells))
 
 
 if __name__ == '__main__':

@@ -140,15 +140,12 @@ def main(argv):
   ]  # fmt: skip
   parts = [INTRODUCTION, scores(rows), '## Costs\n', costs(own)]
   parts += ['## What to take\n', recommendations(own)]
-  parts += ['## What the paper says\n', claims.markdown(judged(own))]
-  parts.append(
+  about = (
     'Differences are of each task and seed, to the arm that is named; in brackets the 95 % '
-    'interval of their mean.\n'
+    'interval of their mean.'
   )
-  parts += [f'- {note}' for note in notes]
-  if len(found.failed):
-    parts.append(f'{len(found.failed)} runs failed or diverged.\n')
-  files.atomic_write(HERE / 'README.md', '\n'.join(parts))
+  text = claims.page(parts, judged(own), about, notes, len(found.failed))
+  files.atomic_write(HERE / 'README.md', text)
 
 
 if __name__ == '__main__':

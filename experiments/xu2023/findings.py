@@ -117,15 +117,13 @@ def main(argv):
     ]
     for column in ('parameters.trained', 'parameters.stored', 'parameters.head', 'memory_mb.step')
   })  # fmt: skip
-  parts = [INTRODUCTION, table(rows), '## What the survey says', claims.markdown(judged(rows))]
-  parts.append(
+  about = (
     'Differences in points are of each task and seed, of memory in percent of each task; in '
-    'brackets the 95 % interval of their mean. A claim whose interval holds 0 cannot be told.\n'
+    'brackets the 95 % interval of their mean. A claim whose interval holds 0 cannot be told.'
   )
-  parts += [f'- {note}' for note in notes]
-  if len(found.failed):
-    parts.append(f'{len(found.failed)} runs failed or diverged.\n')
-  files.atomic_write(HERE / 'README.md', '\n'.join(parts))
+  parts = [INTRODUCTION, table(rows)]
+  text = claims.page(parts, judged(rows), about, notes, len(found.failed))
+  files.atomic_write(HERE / 'README.md', text)
 
 
 if __name__ == '__main__':
