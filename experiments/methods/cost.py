@@ -1,11 +1,12 @@
 """What a training step of every method costs, one config after the other, each in its own process.
 
-    taskset -c 0 python experiments/methods/cost.py --data=FOLDER
+    taskset -c 0 python experiments/methods/cost.py --data=FOLDER [--shard=0/2]
 
 The runs of run.py share steps, and so say nothing of the speed of one alone: here each config makes
 60 steps of 16 pairs of stsb's texts (FOLDER/stsb), and writes to costs.jsonl how many examples a
 second its steps came to after compilation, what the compiled step asks for, and what the process
-held at most. Nothing else may run on that core. What costs.jsonl has is not made again.
+held at most. Nothing else may run on that core; several share the work by --shard, a core each.
+What costs.jsonl has is not made again.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 from absl import app, flags
-from run import DATA, HERE, MODEL, names, settings
+from run import DATA, HERE, MODEL, SHARD, names, settings
 
 from efft import environment, files, finetune
 
@@ -61,7 +62,8 @@ def main(argv):
     return
   output = Path(COSTS.value)
   have = {r['config'] for r in files.read_jsonl(output)} if output.exists() else set()
-  for name in names():
+  index, count = map(int, SHARD.value.split('/'))
+  for name in list(names())[index::count]:
     if name in have:
       continue
     again = [f'--{f.name}={f.value}' for f in (DATA, MODEL, COSTS)]
