@@ -12,7 +12,7 @@ steps for all. By time: all of the data, as many steps as fit into a budget by S
 from efft.sweep import Run, product, seeds
 
 TASKS = {'mrpc': 64, 'cola': 24, 'stsb': 48}
-METHODS = {'bitfit': 3e-3, 'pfeiffer': 1e-3, 'full': 1e-4}
+METHODS = {'bitfit': 2e-3, 'pfeiffer': 1e-3, 'full': 1e-4}
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SPLITS = ('validation', 'report')  # of these tasks only mrpc and stsb have labels to test with
 STEPS, BATCH = 150, 8
