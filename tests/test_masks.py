@@ -296,7 +296,7 @@ def test_diff_gates():
 
 def test_diff_fixes_its_mask_as_the_loop_by_hand():
   """Before the cut, at it, and after it; what the model sees then is the same with any draw."""
-  density, steps, rate = 0.1, 6, 0.5
+  density, steps, rate, boost = 0.1, 6, 0.5, 3.0
   rng = np.random.default_rng(2)
   sizes = {'w': (8, 5), 'alpha': (8, 5), 'alpha_kernel': (1,)}
   own = {name: rng.normal(size=shape) for name, shape in sizes.items()}
@@ -315,9 +315,9 @@ def test_diff_fixes_its_mask_as_the_loop_by_hand():
     elif kept is None:
       wanted = {name: x - rate * g[name] for name, x in wanted.items()}
     else:
-      wanted['w'] -= np.where(kept, rate * g['w'], 0)
+      wanted['w'] -= np.where(kept, boost * rate * g['w'], 0)
 
-  opt = diff.fixed(density, 0.5).wrap(optax.sgd(rate), steps, {})
+  opt = diff.fixed(density, 0.5, boost).wrap(optax.sgd(rate), steps, {})
   params = {'at': {n: jnp.float32(x) for n, x in own.items()}, 'bias': jnp.zeros(2)}
   params['other'] = optax.MaskedNode()
   state, update = opt.init(params), jax.jit(opt.update)

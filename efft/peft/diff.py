@@ -109,7 +109,11 @@ class Fixed(NamedTuple):
 
 
 def fixed(
-  density: float = 0.005, share: float = 0.5, low: float = -1.5, high: float = 1.5
+  density: float = 0.005,
+  share: float = 0.5,
+  boost: float = 10.0,
+  low: float = -1.5,
+  high: float = 1.5,
 ) -> Transform:
   """Diff pruning's second training, with a fixed mask (Guo et al. 2021, sections 3.2 and 4).
 
@@ -118,18 +122,23 @@ def fixed(
   |z w| (gates without draws) keeps w := z w, with a gate that stays open; all else becomes w := 0,
   with a gate that stays closed. From then on gates stand still, and only what was kept trains.
 
-  Deviations: one schedule for both trainings; the cut is made of each kernel, as in `diff`, whose
-  density, low and high have to be the same.
+  Deviations: one schedule for both trainings, and steps after the cut are `boost` times as large (1
+  in the paper, whose runs are long): a few numbers need the rates of sparse methods, all of them
+  together those of full fine-tuning. The cut is made of each kernel, as in `diff`, whose density,
+  low and high have to be the same.
 
   Args:
     density: share of each kernel's numbers that are kept.
     share: of the run before the cut.
+    boost: factor of the rate of w after it.
     low, high: of the gates.
   """
   if not 0 < density <= 1:
     raise ValueError(f'density {density} is not in (0, 1]')
   if not 0 < share < 1:
     raise ValueError(f'share {share} is not between 0 and 1')
+  if boost <= 0:
+    raise ValueError(f'boost {boost} is not above 0')
 
   def wrap(inner, steps, given):
     last = max(1, round(share * steps))
@@ -162,8 +171,8 @@ def fixed(
       return {name: to[name] - x for name, x in own.items()}
 
     def go_on(over, own, given):
-      moves = {'w': ~over | (own['alpha'] > 0)}
-      return {name: jnp.where(moves.get(name, ~over), u, 0) for name, u in given.items()}
+      factors = {'w': jnp.where(over, jnp.where(own['alpha'] > 0, boost, 0.0), 1.0)}
+      return {name: factors.get(name, jnp.where(over, 0.0, 1.0)) * u for name, u in given.items()}
 
     return optax.GradientTransformation(init, update)
 

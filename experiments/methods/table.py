@@ -25,9 +25,9 @@ In so short a run they do not make up for it."""
 INTRODUCTION = """# Every method on two tasks
 
 all-MiniLM-L6-v2; stsb (Pearson correlation; 300 steps of 4 pairs) and cola (Matthews correlation;
-200 steps of 16 sentences in bfloat16, classes weighted): mean and standard deviation over three
-seeds, x 100.
-One half of the validation split has chosen learning rates by families, the other half is reported.
+800 steps of 16 sentences of similar length in bfloat16): mean and standard deviation over three
+seeds, x 100. One half of the validation split has chosen learning rates (`run.py` says how), the
+other half is reported.
 The budget is the same for all, and small: it ranks how fast methods learn, not where they end.
 Examples a second, the memory that a compiled step asks for and the largest resident set of the
 process are of steps of 16 pairs on one core, each config alone. Where there is a `-`, nothing has
@@ -36,25 +36,25 @@ been run yet. Made by `run.py`, `cost.py` and `table.py`.
 
 
 def final(records: list[dict]) -> dict:
-  """{(config, task): its records at the learning rate of its family, by seed}.
+  """{(config, task): its records at the rates that count, by seed}.
 
-  Of a config that searched, the rates are what was best with seed 0 on the half that chooses.
+  Those with the best mean over all seeds on the half that chooses; before there are all seeds, what
+  is best with seed 0.
   """
   cells: dict = {}
   for record in records:
-    cells.setdefault((record['config'], record['task']), []).append(record)
+    rates = cells.setdefault((record['config'], record['task']), {})
+    rates.setdefault((record['factor'], record.get('head_lr')), {})[record['seed']] = record
 
-  def rank(record):
-    score = record['chosen']
-    return (-math.inf, -math.inf) if score is None else (score, -record['chosen_loss'])
+  def rank(found):
+    values = [r['chosen'] if r['chosen'] is not None else -1.0 for r in found.values()]
+    whole = len(found) == len(SEEDS)
+    # Losses decide between equal scores.
+    loss = sum(r.get('chosen_loss', math.inf) for r in found.values())
+    return whole, statistics.mean(values) if whole or 0 in found else -math.inf, -loss
 
-  out = {}
-  for key, found in cells.items():
-    best = max((r for r in found if r['seed'] == 0), key=rank)
-    rates = best['factor'], best.get('head_lr')
-    kept = {r['seed']: r for r in found if (r['factor'], r.get('head_lr')) == rates}
-    out[key] = [kept[seed] for seed in sorted(kept)]
-  return out
+  best = {key: max(rates.values(), key=rank) for key, rates in cells.items()}
+  return {key: [found[seed] for seed in sorted(found)] for key, found in best.items()}
 
 
 def score(records: list[dict]) -> str:
