@@ -4,10 +4,10 @@
     efft sweep --study=experiments/xu2023/study.py --workdir=experiments/xu2023
 
 The survey tunes RoBERTa on eight tasks of GLUE; here all-MiniLM-L6-v2 on the four smaller ones, 250
-steps (cola: 800), three seeds that train together. Of two learning rates, the one below and three times that,
-the half of the validation split that is not reported chooses (and has chosen the lower ones, in
-`experiments/methods`). In bfloat16, which saves a third of the time where processors have it. For
-the paper's own models: change MODEL and TASKS.
+steps (cola: 800), three seeds that train together. Of two learning rates, the one below and three
+times that, the half of the validation split that is not reported chooses (and has chosen the lower
+ones, in `experiments/methods`). In bfloat16, which saves a third of the time where processors have
+it. For the paper's own models: change MODEL and TASKS.
 """
 
 from efft.sweep import Run, grid, product, seeds
