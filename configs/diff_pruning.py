@@ -11,13 +11,14 @@ from efft.config import default
 
 def get_config(arg=''):
   config = default(arg)
-  config.method = {'diff': {'fn': 'diff.diff', 'density': 0.005}}
+  density = 0.005
+  config.method = {'diff': {'fn': 'diff.diff', 'density': density}}
   config.rules = (
     ('params/head/.*', 'head'),
     ('delta/.*', 'delta'),
     ('params/.*', 'frozen'),
   )
-  cut = {'fn': 'diff.fixed', 'density': 0.005}
+  cut = {'fn': 'diff.fixed', 'density': density}
   config.optim.groups = {'delta': {'weight_decay': 0.0, 'transform': cut}}
   config.optim.lr = 1e-4
   return config

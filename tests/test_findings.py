@@ -32,7 +32,7 @@ def record(run: sweep.Run, score: float, costs: dict) -> dict:
     'seed': overrides['seed'], 'task': task, 'metric': 'accuracy', 'higher_is_better': True,
     'status': 'ok', 'error': None,
     'config': {'task': {'name': task, 'fraction': overrides.get('task.fraction', 1.0)}},
-    'config_hash': str(hash(json.dumps(overrides, sort_keys=True, default=str))),
+    'config_hash': json.dumps(overrides, sort_keys=True),
     'metrics': {
       'validation': {'accuracy': score + overrides.get('optim.lr', 0)},
       'report': {'accuracy': score}, 'test': {'accuracy': 0.0},
@@ -102,7 +102,7 @@ def test_doering2024(tmp_path):
   module = study_module('doering2024')
 
   def score(run):
-    method, seed, share = run.arm.partition(',')[0], run.overrides['seed'], 1.0
+    method, seed = run.arm.partition(',')[0], run.overrides['seed']
     share = run.overrides['task.fraction']
     if method == 'bitfit':
       return 0.8 + 0.05 * (0.3 <= share <= 0.7) + 0.001 * seed

@@ -11,6 +11,7 @@ import optax
 from efft import tree
 from efft.errors import InputError
 from efft.peft.base import Delta, at_path, product
+from efft.peft.movement import largest
 from efft.peft.transform import Transform, leaves
 from efft.peft.updates import LINEARS
 
@@ -72,9 +73,8 @@ def diff(
     return {**p, 'alpha_kernel': jnp.full((1,), start, jnp.float32)} if structured else p
 
   def gate(alpha, key):
-    return stretched(
-      alpha, 0.0 if key is None else jax.random.logistic(key, alpha.shape), low, high
-    )
+    draw = 0.0 if key is None else jax.random.logistic(key, alpha.shape)
+    return stretched(alpha, draw, low, high)
 
   def expand(p, path, key):
     value = p['w']
@@ -82,7 +82,7 @@ def diff(
       own = None if key is None else jax.random.fold_in(at_path(key, path), number)
       value = value * gate(p[name], own)
     if key is None and density < 1:
-      value = jnp.where(largest(value, density), value, 0)
+      value = jnp.where(_kept(value, density), value, 0)
     return {'w': value}
 
   def cost(p, path):
@@ -163,9 +163,9 @@ def fixed(
     def cut(own, given):
       del given  # this step is the cut's
       w = own['w']
-      for name in own.keys() - {'w'}:
-        w = w * stretched(own[name], 0.0, low, high)
-      kept = largest(w, density)
+      for name in GATES:  # in the order of `diff`, whose product it is to the bit
+        w = w * stretched(own[name], 0.0, low, high) if name in own else w
+      kept = _kept(w, density)
       to = {'w': jnp.where(kept, w, 0), 'alpha': jnp.where(kept, SURE, -SURE)}
       to['alpha_kernel'] = SURE
       return {name: to[name] - x for name, x in own.items()}
@@ -184,10 +184,9 @@ def stretched(alpha, draw, low: float, high: float):
   return jnp.clip(jax.nn.sigmoid(alpha + draw) * (high - low) + low, 0.0, 1.0)
 
 
-def largest(value, density: float):
-  """Which numbers are of the share `density` with the largest size; of equals all."""
-  size = jnp.abs(value)
-  return size >= jnp.sort(size, axis=None)[-max(1, round(density * value.size))]
+def _kept(value, density: float):
+  """bool: the share `density` with the largest size; of equals those that come first."""
+  return largest(jnp.abs(value).astype(jnp.float32), max(1, round(density * value.size)))
 
 
 def _sites(flat) -> list[str]:

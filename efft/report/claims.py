@@ -6,8 +6,10 @@ mean (`statistics.interval`), so that few or scattered differences decide nothin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import pandas as pd
 
 from efft.errors import unknown
 from efft.report import statistics
@@ -58,6 +60,20 @@ def markdown(claims: Sequence[Claim]) -> str:
   lines = ['| the paper | here | |', '|---|---|---|']
   lines += ['| ' + ' | '.join(map(cell, claim)) + ' |' for claim in claims]
   return '\n'.join(lines) + '\n'
+
+
+def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str]) -> list[str]:
+  """Cells of a table: the arm's mean and sd on each task, x 100, and the average where it has all.
+
+  Args:
+    rows: of `selection.choose`.
+    arm: one of theirs, or one that has no runs yet.
+    tasks: the columns.
+  """
+  own = rows[rows['arm'] == arm].set_index('task')
+  means, spreads = 100 * own['mean'], 100 * own['sd']
+  cells = [f'{means[t]:.1f} ± {spreads[t]:.1f}' if t in own.index else '-' for t in tasks]
+  return [*cells, '-' if '-' in cells else f'{means.mean():.1f}']
 
 
 def page(

@@ -17,15 +17,14 @@ HERE = Path(__file__).parent
 def main(argv):
   del argv
   flags.FLAGS.output = str(HERE / 'frozen_prompt.jsonl')
-  usual, rate = run.settings, head_rate()
+  rate = head_rate()
 
   def settings(*args):
-    config = usual(*args)
+    config = run.settings(*args)
     config.optim.groups['delta'] = {'lr': 1e-30, 'weight_decay': 0.0}
     return config
 
-  run.settings = settings
-  run.one('stsb', 'prompt', [(seed, 1.0, rate) for seed in run.SEEDS])
+  run.one('stsb', 'prompt', [(seed, 1.0, rate) for seed in run.SEEDS], settings)
 
 
 def head_rate() -> float:

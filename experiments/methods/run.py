@@ -140,7 +140,7 @@ def key(task: str, name: str, seed: int, factor: float, head: float | None = Non
   return own | ({} if head is None else {'head_lr': head}) | BUDGETS[task]._asdict()
 
 
-def one(task: str, name: str, runs: list) -> None:
+def one(task: str, name: str, runs: list, settings=settings) -> None:
   """Trains a config with several runs in this process, and appends their records."""
   given = [settings(task, name, *run) for run in runs]
   with tempfile.TemporaryDirectory() as scratch:

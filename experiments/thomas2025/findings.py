@@ -43,13 +43,7 @@ stages has 125 steps more for each stage that trains again. Costs are medians ov
 def scores(rows: pd.DataFrame) -> str:
   lines = [f'| | {" | ".join(TASKS)} | average |', '|---|' + '--:|' * (len(TASKS) + 1)]
   for arm in ARMS:
-    own = rows[rows['arm'] == arm].set_index('task')
-    cells = [
-      f'{100 * own.at[t, "mean"]:.1f} ± {100 * own.at[t, "sd"]:.1f}' if t in own.index else '-'
-      for t in TASKS
-    ]
-    cells.append(f'{100 * own["mean"].mean():.1f}' if len(own) == len(TASKS) else '-')
-    lines.append(f'| {arm} | {" | ".join(cells)} |')
+    lines.append(f'| {arm} | {" | ".join(claims.scores(rows, arm, TASKS))} |')
   return '\n'.join(lines) + '\n'
 
 

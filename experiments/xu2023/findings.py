@@ -40,11 +40,7 @@ def table(rows: pd.DataFrame) -> str:
   ]
   for name in ROWS:
     own = rows[rows['arm'] == name].set_index('task')
-    cells = [
-      f'{100 * own.at[t, "mean"]:.1f} ± {100 * own.at[t, "sd"]:.1f}' if t in own.index else '-'
-      for t in TASKS
-    ]
-    cells.append(f'{100 * own["mean"].mean():.1f}' if len(own) == len(TASKS) else '-')
+    cells = claims.scores(rows, name, TASKS)
     if len(own):
       trained, stored, head = (
         int(own[f'parameters.{kind}'].max()) for kind in ('trained', 'stored', 'head')
