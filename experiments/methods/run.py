@@ -5,11 +5,11 @@
 FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Half of the validation
 split chooses learning rates (`task.halves`): for each family, one config tries its own rate times
 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best there all
-configs of the family take. A config that ends below the head alone, or far below the one that
-searched, searches for itself, in the same way and on the same half. One whose seeds end far apart
-tries a third of its rate, and one that is still below the head alone gives its head the rate that
-the head alone has; of what has been tried with all seeds the best mean counts. The other half is
-reported. What records.jsonl has is not made again, so the command may be stopped and started at
+configs of the family take. A config that ends no better than the head alone, or far below the one
+that searched, searches for itself, in the same way and on the same half. One whose seeds end far
+apart tries a third of its rate, and one that is still below the head alone gives its head the rate
+that the head alone has; of what has been tried with all seeds the best mean counts. The other half
+is reported. What records.jsonl has is not made again, so the command may be stopped and started at
 will; several at once share the work by --shard (on a CPU: one for each core, each under `taskset
 -c`). `table.py` makes the table.
 
@@ -70,9 +70,9 @@ BUDGETS = {
 }
 SEEDS = (0, 1, 2)
 FACTORS = (1 / 3, 1.0, 3.0)
-NOISE = 0.03  # a mean below the head's by more than this,
-# or below that of the config that searched by more than this, makes a config search for itself: on
-# cola, where a search costs three times as much, it does not.
+NOISE = 0.03  # a mean that is not above the head's by more than this,
+# or is below that of the config that searched by more than this, makes a config search for itself:
+# on cola, where a search costs three times as much, only the former does.
 BEHIND = {'stsb': 0.1, 'cola': 1.0}
 APART = 0.2  # the best and the worst seed further apart than this: the rate may be too high
 MOST = 27.0  # the search goes no further than this from a config's own rate
@@ -96,7 +96,7 @@ SEARCH = {
   'orthogonal': 'oft',
   'shared pieces': 'miss',
   'masks': 'fish',
-  'hybrids': 'mam',
+  'hybrids': 's4',
   'side network': 'ladder',
   'rules': 'bitfit',
 }
@@ -236,7 +236,7 @@ def main(argv):
     if not scores(known, HEAD, rate) or not scores(known, searcher, best):
       return None
     head, first = mean(known, HEAD), mean(known, searcher)
-    if name != searcher and mean(known, name) < max(head - NOISE, first - BEHIND[task]):
+    if name != searcher and mean(known, name) < max(head + NOISE, first - BEHIND[task]):
       factors, best = search(known, task, name)
       if runs := [(0, factor, None) for factor in factors] or lacking(best):
         return runs
