@@ -5,13 +5,13 @@
 FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Half of the validation
 split chooses learning rates (`task.halves`): for each family, one config tries its own rate times
 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best there all
-configs of the family take. A config that ends no better than the head alone, or far below the one
-that searched, searches for itself, in the same way and on the same half. One whose seeds end far
-apart tries a third of its rate, and one that is still below the head alone gives its head the rate
-that the head alone has; of what has been tried with all seeds the best mean counts. The other half
-is reported. What records.jsonl has is not made again, so the command may be stopped and started at
-will; several at once share the work by --shard (on a CPU: one for each core, each under `taskset
--c`). `table.py` makes the table.
+configs of the family take (the head alone searches for itself). A config that ends no better than
+the head alone, or far below the one that searched, searches for itself, in the same way and on the
+same half. One whose seeds end far apart tries a third of its rate, and one that is still below the
+head alone gives its head the rate that the head alone has; of what has been tried with all seeds
+the best mean counts. The other half is reported. What records.jsonl has is not made again, so the
+command may be stopped and started at will; several at once share the work by --shard (on a CPU: one
+for each core, each under `taskset -c`). `table.py` makes the table.
 
 Seeds and rates of a config train in one population (`efft.population`) where it can be in one; so
 nothing is said here of the speed and memory of a run that is alone: cost.py measures those.
@@ -219,7 +219,7 @@ def main(argv):
   def missing(task, name):
     """The runs to make next; None while another config is still searching for this one."""
     known = records(task)
-    searcher = SEARCH.get(families[name], SEARCH['low rank'])
+    searcher = HEAD if name == HEAD else SEARCH.get(families[name], SEARCH['low rank'])
     have = {(r['seed'], r['factor'], r.get('head_lr')) for r in known if r['config'] == name}
 
     def lacking(factor, head=None):
@@ -263,7 +263,7 @@ def main(argv):
         print(name, error, flush=True)
 
   # Those that search go first: the others wait for them.
-  order = sorted(chosen, key=lambda name: (name not in SEARCH.values(), name != HEAD))
+  order = sorted(chosen, key=lambda name: (name != HEAD, name not in SEARCH.values()))
   work = list(itertools.product(TASKS.value, order))[index::count]
   while work:
     rest = []
