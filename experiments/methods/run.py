@@ -6,12 +6,12 @@ FOLDER holds stsb/ and cola/, each with train.parquet and validation.parquet. Ha
 split chooses learning rates (`task.halves`): for each family, one config tries its own rate times
 1/3, 1 and 3 with seed 0, goes on by threes while the best is at an end, and what is best there all
 configs of the family take (the head alone searches for itself). A config that ends no better than
-the head alone, or far below the one that searched, searches for itself, in the same way and on the
-same half. One whose seeds end far apart tries a third of its rate, and one that is still below the
-head alone gives its head the rate that the head alone has; of what has been tried with all seeds
-the best mean counts. The other half is reported. What records.jsonl has is not made again, so the
-command may be stopped and started at will; several at once share the work by --shard (on a CPU: one
-for each core, each under `taskset -c`). `table.py` makes the table.
+the head alone (on cola: below it), or far below the one that searched, searches for itself, in the
+same way and on the same half. One whose seeds end far apart tries a third of its rate, and one that
+is still below the head alone gives its head the rate that the head alone has; of what has been
+tried with all seeds the best mean counts. The other half is reported. What records.jsonl has is not
+made again, so the command may be stopped and started at will; several at once share the work by
+--shard (on a CPU: one for each core, each under `taskset -c`). `table.py` makes the table.
 
 Seeds and rates of a config train in one population (`efft.population`) where it can be in one; so
 nothing is said here of the speed and memory of a run that is alone: cost.py measures those.
@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ cpu.keep_heap()
 cpu.keep_programs(packages.cache_root() / 'programs')
 
 from absl import app, flags  # noqa: E402
+from chosen import HEAD, NOISE, SEEDS, TASKS, mean, rates, score  # noqa: E402
 
 from efft import catalogue, files, finetune, population  # noqa: E402
 from efft import config as configs  # noqa: E402
@@ -45,7 +45,7 @@ DATA = flags.DEFINE_string('data', os.environ.get('EFFT_DATA'), 'folder of the t
 MODEL = flags.DEFINE_string('model', 'all-MiniLM-L6-v2', 'encoder')
 OUTPUT = flags.DEFINE_string('output', str(HERE / 'records.jsonl'), 'where records go')
 SHARD = flags.DEFINE_string('shard', '0/1', 'this process makes every n-th config, from the i-th')
-TASKS = flags.DEFINE_list('tasks', ['stsb', 'cola'], 'of BUDGETS')
+ONLY = flags.DEFINE_list('tasks', list(TASKS), 'of BUDGETS')
 CONFIGS = flags.DEFINE_list('configs', [], 'only these')
 ONE = flags.DEFINE_string(
   'one', None, 'internal: [task, config, [[seed, factor, rate of the head], ...]] as JSON'
@@ -68,15 +68,14 @@ BUDGETS = {
   'stsb': Budget('pearson', 300, 4, 48, 'float32', False),
   'cola': Budget('matthews', 800, 16, 20, 'bfloat16', True),
 }
-SEEDS = (0, 1, 2)
 FACTORS = (1 / 3, 1.0, 3.0)
-NOISE = 0.03  # a mean that is not above the head's by more than this,
-# or is below that of the config that searched by more than this, makes a config search for itself:
-# on cola, where a search costs three times as much, only the former does.
+# A mean that is not this far above the head's, or is this far below that of the config that
+# searched, makes a config search for itself. On cola, where a search costs three times as much and
+# a half of the split tells less, only what is below the head does.
+ABOVE = {'stsb': NOISE, 'cola': -NOISE}
 BEHIND = {'stsb': 0.1, 'cola': 1.0}
 APART = 0.2  # the best and the worst seed further apart than this: the rate may be too high
 MOST = 27.0  # the search goes no further than this from a config's own rate
-HEAD = 'head'
 # Not a way to train less: other studies have them.
 ASIDE = ('pruning', 'quantisation')
 # What a config says for BERT-base and six layers of 384 dimensions do not have.
@@ -182,26 +181,6 @@ def search(records: list[dict], task: str, name: str) -> tuple[list[float], floa
   return [], best
 
 
-def scores(records: list[dict], name: str, factor: float | None, head=None) -> list[float] | None:
-  """Of all seeds on the half that chooses, a run without a score counted as -1.
-
-  None where there are not all of the seeds.
-  """
-  own = {
-    r['seed']: -1.0 if r['chosen'] is None else r['chosen']
-    for r in records
-    if (r['config'], r['factor'], r.get('head_lr')) == (name, factor, head)
-  }
-  return [own[seed] for seed in SEEDS] if len(own) == len(SEEDS) else None
-
-
-def mean(records: list[dict], name: str) -> float:
-  """Of the rates that were tried with all seeds the best mean."""
-  rates = {(r['factor'], r.get('head_lr')) for r in records if r['config'] == name}
-  found = [scores(records, name, *rate) for rate in rates]
-  return max(statistics.mean(some) for some in found if some)
-
-
 def main(argv):
   del argv
   if ONE.value:
@@ -219,11 +198,18 @@ def main(argv):
   def missing(task, name):
     """The runs to make next; None while another config is still searching for this one."""
     known = records(task)
+    cells = rates(known)
+    tried = cells.get((name, task), {})
     searcher = HEAD if name == HEAD else SEARCH.get(families[name], SEARCH['low rank'])
-    have = {(r['seed'], r['factor'], r.get('head_lr')) for r in known if r['config'] == name}
 
     def lacking(factor, head=None):
-      return [(seed, factor, head) for seed in SEEDS if (seed, factor, head) not in have]
+      return [(s, factor, head) for s in SEEDS if s not in tried.get((factor, head), {})]
+
+    def whole(name, factor):
+      return mean(cells.get((name, task), {}).get((factor, None), {})) is not None
+
+    def best_mean(name):
+      return max(found for found in map(mean, cells[name, task].values()) if found is not None)
 
     factors, best = search(known, task, searcher)
     if name == searcher and factors:
@@ -233,17 +219,17 @@ def main(argv):
     if runs := lacking(best):
       return runs
     rate = search(known, task, HEAD)[1]
-    if not scores(known, HEAD, rate) or not scores(known, searcher, best):
+    if not whole(HEAD, rate) or not whole(searcher, best):
       return None
-    head, first = mean(known, HEAD), mean(known, searcher)
-    if name != searcher and mean(known, name) < max(head + NOISE, first - BEHIND[task]):
+    head, first = best_mean(HEAD), best_mean(searcher)
+    if name != searcher and best_mean(name) < max(head + ABOVE[task], first - BEHIND[task]):
       factors, best = search(known, task, name)
       if runs := [(0, factor, None) for factor in factors] or lacking(best):
         return runs
-    reached = scores(known, name, best)
+    reached = [score(r) for r in tried[best, None].values()]
     if max(reached) - min(reached) > APART and (runs := lacking(best / 3)):
       return runs
-    if name != HEAD and mean(known, name) < head - NOISE:
+    if name != HEAD and best_mean(name) < head - NOISE:
       return lacking(best, rate * configs.load(f'configs/{HEAD}.py').optim.lr)
     return []
 
@@ -264,7 +250,7 @@ def main(argv):
 
   # Those that search go first: the others wait for them.
   order = sorted(chosen, key=lambda name: (name != HEAD, name not in SEARCH.values()))
-  work = list(itertools.product(TASKS.value, order))[index::count]
+  work = list(itertools.product(ONLY.value, order))[index::count]
   while work:
     rest = []
     for task, name in work:

@@ -7,18 +7,15 @@ Scores are mean and standard deviation over the seeds, times 100. Parameters are
 encoder, trained and (megabytes) stored.
 """
 
-import math
 import statistics
 from pathlib import Path
 
 from absl import app
+from chosen import HEAD, NOISE, SEEDS, TASKS, final
 
 from efft import catalogue, files
 
 HERE = Path(__file__).parent
-TASKS = ('stsb', 'cola')
-SEEDS = (0, 1, 2)
-HEAD, NOISE = 'head', 0.03
 PROMPTS = """Prompts move what the head sees before they have learnt anything: with a prompt that
 does not train, and the head at the rate of the head alone, stsb ends at {} (`frozen_prompt.py`).
 In so short a run they do not make up for it."""
@@ -36,28 +33,6 @@ process are of steps of 16 pairs on one core, each config alone. Where there is 
 been run yet, nor have the searches on cola of configs that end no better than the head.
 Made by `run.py`, `cost.py` and `table.py`.
 """
-
-
-def final(records: list[dict]) -> dict:
-  """{(config, task): its records at the rates that count, by seed}.
-
-  Those with the best mean over all seeds on the half that chooses; before there are all seeds, what
-  is best with seed 0.
-  """
-  cells: dict = {}
-  for record in records:
-    rates = cells.setdefault((record['config'], record['task']), {})
-    rates.setdefault((record['factor'], record.get('head_lr')), {})[record['seed']] = record
-
-  def rank(found):
-    values = [r['chosen'] if r['chosen'] is not None else -1.0 for r in found.values()]
-    whole = len(found) == len(SEEDS)
-    # Losses decide between equal scores.
-    loss = sum(r.get('chosen_loss', math.inf) for r in found.values())
-    return whole, statistics.mean(values) if whole or 0 in found else -math.inf, -loss
-
-  best = {key: max(rates.values(), key=rank) for key, rates in cells.items()}
-  return {key: [found[seed] for seed in sorted(found)] for key, found in best.items()}
 
 
 def score(records: list[dict]) -> str:
