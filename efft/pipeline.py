@@ -105,21 +105,22 @@ def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
     raise InputError(where, found, 'one host', 'run the stages one by one, each from the last')
   plan = _plan(config, run)
   source = None if run is None else bundle.identity(run)
-  file = workdir / 'source.json'
-  if file.exists() and (there := files.read_json(file)) != {'sha256': source}:
-    raise InputError(
-      str(workdir), f'made from the run with sha256 {there["sha256"]}', f'{run}, which is {source}',
-      'pass another --workdir',
-    )  # fmt: skip
-  if resume != 'never':
-    _change(config, workdir)
-  done = finetune.before(config, workdir, resume)
-  if done is not None:
-    return done
   begin = time.time()
+  if not (workdir / 'config.json').exists() or (workdir / 'results.json').exists():
+    # Refused before there is a folder to lock, or finished, which nobody changes any more.
+    _same_source(workdir, run, source)
+    if (done := finetune.before(config, workdir, resume)) is not None:
+      return done
   with files.RunLock(workdir):
+    # Under the lock: another process may be at work here, by its own plan.
+    _same_source(workdir, run, source)
+    if resume != 'never':
+      _change(config, workdir)
+    if (done := finetune.before(config, workdir, resume)) is not None:
+      return done
+    files.sweep(workdir / 'stages')
     if run is not None:
-      files.write_json(file, {'sha256': source})
+      files.write_json(workdir / 'source.json', {'sha256': source})
     files.write_json(workdir / 'config.json', config)
     files.write_json(workdir / 'environment.json', environment.describe())
     rows = list(_carry_out(plan, workdir, run))
@@ -139,6 +140,16 @@ def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
     files.write_json(workdir / 'results.json', results)
     files.atomic_write(workdir / 'README.md', _card(content, results, workdir))
   return results
+
+
+def _same_source(workdir: Path, run: Path | None, source: str | None) -> None:
+  """Refuses a folder that was made from another run."""
+  file = workdir / 'source.json'
+  if file.exists() and (there := files.read_json(file)) != {'sha256': source}:
+    raise InputError(
+      str(workdir), f'made from the run with sha256 {there["sha256"]}', f'{run}, which is {source}',
+      'pass another --workdir',
+    )  # fmt: skip
 
 
 def _change(config: dict, workdir: Path) -> None:
@@ -183,7 +194,7 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
   before, unpruned, known = run, run, None
   for name, (config, prune) in plan.items():
     folder = workdir / 'stages' / name
-    begin = time.time()
+    file, begin = folder / 'stage.json', time.time()
     if prune is None:
       if before is not None:
         config['model'] |= {'name': str(before), 'head': 'keep', 'pooling': 'auto', 'init_from': []}
@@ -192,11 +203,12 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
       finetune.train(config, folder)
     else:
       unpruned = before if not _pruned_yet(plan, name) else unpruned
-      if not (folder / 'results.json').exists():
+      # Not by its results.json: a stage that was killed before its row was written may have been
+      # made by other options, and nothing in it says by which.
+      if not file.exists():
         goes_on = next((c['method'] for c, p in _later(plan, name) if p is None), None)
         with progress.logs(workdir / 'compress.log'):
           _shrink(config, prune, before, unpruned, folder, name, goes_on)
-    file = folder / 'stage.json'
     if file.exists():
       row, known = files.read_json(file), None
     else:

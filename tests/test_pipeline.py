@@ -238,6 +238,43 @@ def test_a_run_of_one_stage_is_not_taken_over(data, tmp_path):
   assert (tmp_path / 'run' / 'config.json').read_bytes() == before
 
 
+def test_a_run_in_progress_keeps_its_plan(data, tmp_path):
+  """Another process with other stages is refused before it writes anything."""
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  there = config.resolve(settings(data, s1_tune={}, s2_heads=HALF))
+  files.write_json(workdir / 'config.json', there)
+  other = settings(data, s1_tune={}, s2_heads={**HALF, 'share': 0.25})
+  with files.RunLock(workdir), pytest.raises(InputError, match='a run in progress'):
+    pipeline.train(other, workdir)
+  assert files.read_json(workdir / 'config.json') == there
+  assert {file.name for file in workdir.iterdir()} == {'config.json', '.lock'}
+
+
+def test_no_folder_is_made_where_there_is_no_run_to_go_on_with(data, tmp_path):
+  given = settings(data, s1_tune={}, s2_heads=HALF)
+  with pytest.raises(InputError, match='no run'):
+    pipeline.train(given, tmp_path / 'run', resume='must')
+  assert not (tmp_path / 'run').exists()
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(InputError, match='a file'):
+    pipeline.train(given, tmp_path / 'file')
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_a_stage_that_was_killed_before_its_row_is_made_by_the_options_of_now(staged, tmp_path):
+  source, workdir = staged[0] / 'stages' / 's1_tune', tmp_path / 'run'
+  pipeline.compress(source, settings(staged[1].task.name, s2_heads=HALF), workdir)
+  for file in ('results.json', 'stages/s2_heads/stage.json'):
+    (workdir / file).unlink()
+  half_written = workdir / 'stages' / '.efft-tmp-0123'
+  half_written.mkdir()
+  given = settings(staged[1].task.name, s2_heads={**HALF, 'share': 0.25})
+  (row,) = pipeline.compress(source, given, workdir)['stages']
+  assert row['heads'] == sum(shape(workdir).heads) == 0.75 * sum(shape(source).heads)
+  assert not half_written.exists()
+
+
 def test_hidden_dimensions(staged, tmp_path):
   source = staged[0] / 'stages' / 's1_tune'
   given = settings(staged[1].task.name, **{'s2_hidden': {'fn': 'prune.hidden', 'examples': 16}})
