@@ -35,10 +35,10 @@ from efft import config as configs
 from efft.classifier import Classifier
 from efft.compress import slicing
 from efft.compress.base import Prune, Subject
-from efft.data import batches, packages, tokens
+from efft.data import batches, packages, sources, tokens
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
-from efft.fields import FULL
+from efft.fields import FIELDS, FULL
 from efft.models import hub
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
@@ -66,29 +66,24 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
 def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
   """Makes a finished run smaller, by the stages of a config.
 
-  Stages before the first that prunes are left out: the run stands for them. Task, model, length
-  and pooling are the run's own where the config names no task.
+  Stages before the first that prunes are left out: the run stands for them. What the config leaves
+  at its default is the run's own: config.model's name, max_length, dtype and pooling, and where it
+  names no task the fields of config.task. Another max_length or dtype is that of the smaller run;
+  another model or pooling is refused. A task that is named is what all stages look at, score by
+  and train on.
 
   Args:
-    run: a run folder.
+    run: a run folder, or a bundle where the config names a task.
     config: with stages, as for `train`.
     workdir: the run folder to make, or to continue.
     resume: see `finetune.train`.
 
   Raises:
-    InputError: a config without stages that prune, or a run of other labels.
+    InputError: a config without stages that prune, of another model, or a task of other labels.
   """
-  run, given = Path(run), configs.plain(config)
+  run, workdir, given = Path(run), Path(workdir), configs.plain(config)
   content = bundle.load(run)
-  if not given['task']['name']:
-    if not (run / 'config.json').exists():
-      found, fix = 'no config.json, so no task', 'name one: --config=FILE.py:task=...'
-      raise InputError(str(run), found, 'a run that knows its task', fix)
-    own = files.read_json(run / 'config.json')
-    given['task'] = own['task']
-    for name in ('name', 'max_length', 'dtype'):
-      given['model'][name] = own['model'][name]
-  given['model']['pooling'] = content.pooling
+  _inherit(given, run, content)
   config = configs.resolve(given)
   names = list(config['stages'])
   first = next((i for i, name in enumerate(names) if 'fn' in config['stages'][name]), None)
@@ -96,7 +91,52 @@ def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
     fix = "as in config.stages = {'s1_heads': {'fn': 'prune.heads'}}"
     raise InputError('config.stages', ', '.join(names) or 'none', 'a stage that prunes', fix)
   config['stages'] = {name: config['stages'][name] for name in names[first:]}
-  return _stages(config, Path(workdir), resume, run)
+  if not (workdir / 'config.json').exists():
+    # The first stage would refuse them too, but in a folder that is then of this config.
+    assemble.check_length(EncoderConfig.from_dict(content.encoder), config['model']['max_length'])
+    _data(config, content)
+  return _stages(config, workdir, resume, run)
+
+
+def _inherit(given: dict, run: Path, content: bundle.Bundle) -> None:
+  """Puts into a config what `compress` takes over from the run."""
+  file = run / 'config.json'
+  own = files.read_json(file) if file.exists() else {}
+  task, model = (given.setdefault(name, {}) for name in ('task', 'model'))
+  if not task.get('name'):
+    if not own:
+      found, fix = 'no config.json, so no task', 'name one: --config=FILE.py:task=...'
+      raise InputError(str(run), found, 'a run that knows its task', fix)
+    defaults = {name: FIELDS[f'task.{name}'].default for name in own['task']}
+    changed = {n: x for n, x in task.items() if n not in defaults or x != defaults[n]}
+    given['task'] = own['task'] | changed
+  of_run = {
+    'name': own['model']['name'] if own else content.base['name'], 'pooling': content.pooling,
+    'max_length': content.max_length, 'dtype': content.dtype,
+  }  # fmt: skip
+  for name, value in of_run.items():
+    default = FIELDS[f'model.{name}'].default
+    asked = model.get(name, default)
+    if name in ('name', 'pooling') and asked not in (default, value):
+      fix = 'leave it out: the run stands for the model'
+      raise InputError(f'config.model.{name}', repr(asked), f'{value!r}, as {run} has', fix)
+    if asked == default:
+      model[name] = value
+
+
+def _data(config: dict, content: bundle.Bundle) -> sources.Dataset:
+  """The data set of a config, for what a bundle answers."""
+  data = sources.load(**config['task'], seed=config['seed'])
+  if (data.kind, data.labels) != (content.kind, tuple(content.labels)):
+    found, expected = (
+      f'{kind}: {", ".join(labels) or "numbers"}'
+      for kind, labels in ((data.kind, data.labels), (content.kind, content.labels))
+    )
+    raise InputError(
+      'config.task', f'a task of {found}', f'{expected}, as the run answers',
+      'name a task of these labels, or restore the data that the run was trained on',
+    )  # fmt: skip
+  return data
 
 
 def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
@@ -207,8 +247,12 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
       # made by other options, and nothing in it says by which.
       if not file.exists():
         goes_on = next((c['method'] for c, p in _later(plan, name) if p is None), None)
+        content = bundle.load(before)
+        if before == run:
+          wanted = {name: config['model'][name] for name in ('max_length', 'dtype')}
+          content = dataclasses.replace(content, **wanted)
         with progress.logs(workdir / 'compress.log'):
-          _shrink(config, prune, before, unpruned, folder, name, goes_on)
+          _shrink(config, prune, content, unpruned, folder, name, goes_on)
     if file.exists():
       row, known = files.read_json(file), None
     else:
@@ -239,23 +283,21 @@ def _later(plan: Mapping, name: str) -> list:
 
 
 def _shrink(
-  config: dict, prune: Prune, run: Path, unpruned: Path, folder: Path, name: str,
+  config: dict, prune: Prune, content: bundle.Bundle, unpruned: Path, folder: Path, name: str,
   goes_on: Mapping | None,
 ) -> None:  # fmt: skip
-  """One stage that prunes: from a run folder to another.
+  """One stage that prunes: from the bundle before it to a run folder.
 
   Deltas are folded into the weights first, unless they train on: `goes_on` is the method of the
   next stage that trains, None where there is none.
   """
-  content = alone(bundle.load(run))
+  content = alone(content)
   if content.method and goes_on is not None and dict(goes_on) != content.method:
     content = merging.merged(content)
   cfg = EncoderConfig.from_dict(content.encoder)
   net = assemble.network(cfg, content.method, 'float32')
   variables = transfer.restored(net.deltas, content.leaves, {}, content.quantize)
-  data = assemble.own_task(run, content.labels)
-  if data is None:
-    raise InputError(str(run), 'no config.json, so no task', 'a run that knows its task', 'name it')
+  data = _data(config, content)
   tokenizer = hub.tokenizer_from(content.tokenizer)
   cache = packages.cache_root() / 'tokens'
   encoded = tokens.encode(data.splits['train'], tokenizer, content.max_length, cache)
@@ -284,7 +326,7 @@ def _shrink(
     content = dataclasses.replace(
       content, encoder=cfg.to_dict(), leaves=tree.flatten(jax.device_get(values)), method=method,
       rules=tuple(map(tuple, rules)), tokenizer=smaller.tokenizer or content.tokenizer, metrics={},
-      versions=environment.versions(),
+      columns=data.columns, versions=environment.versions(),
     )  # fmt: skip
     bundle.save(temp / 'bundle', content)
     own = config | {'method': method, 'rules': [list(rule) for rule in rules], 'stages': {}}

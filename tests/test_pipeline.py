@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from test_end_to_end import BERT, SMALL, reviews
+from test_end_to_end import BERT, SMALL, reviews, write_csv
 
 from efft import bundle, config, files, main, pipeline, run
 from efft.classifier import Classifier
 from efft.compress import latency, prune
+from efft.data import sources
 from efft.errors import InputError
+from efft.models import hub
 from efft.models.encoder import EncoderConfig
 
 LORA = {'lora': {'fn': 'lora.lora', 'rank': 2, 'targets': 'layer_.*/attention/(query|value)'}}
@@ -157,6 +159,60 @@ def test_compress_a_run(staged, data, tmp_path, capsys):
   args[1] = f'--run={staged[0]}'
   assert main.main(args) == 2
   assert 'made from the run' in capsys.readouterr().err
+
+
+def test_compress_for_another_task(staged, tmp_path):
+  """The words that stay are those of the task that is named, for a bundle that knows none too."""
+  source = staged[0] / 'stages' / 's1_tune'
+  rows = [
+    (f'a gorgeous film {i}', 'liked') if i % 2 else (f'boring {i}', 'hated') for i in range(48)
+  ]
+  other = write_csv(tmp_path / 'other.csv', ['review', 'verdict'], rows)
+  given = settings(other, s2_words={'fn': 'prune.words', 'characters': False})
+  pipeline.compress(source / 'bundle', given, tmp_path / 'run')
+  before, after = (
+    hub.tokenizer_from(bundle.load(run).tokenizer) for run in (source, tmp_path / 'run')
+  )
+
+  def as_before(data):
+    texts = sources.load(str(data)).splits['train'].texts
+    return all(before.encode(text).tokens == after.encode(text).tokens for text in texts)
+
+  assert as_before(other) and not as_before(staged[1].task.name)
+
+
+def test_compress_for_other_labels_is_refused(staged, tmp_path):
+  rows = [(f'{i} a film', 'good' if i % 2 else 'bad') for i in range(48)]
+  other = write_csv(tmp_path / 'other.csv', ['review', 'verdict'], rows)
+  with pytest.raises(InputError, match='bad, good, expected single: hated, liked'):
+    pipeline.compress(staged[0] / 'stages' / 's1_tune', settings(other, s2=HALF), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_compress_takes_from_the_run_what_is_not_set(staged, tmp_path):
+  source = staged[0] / 'stages' / 's1_tune'
+
+  def compressed(name, **fields):
+    given = config.load('configs/full.py')
+    with given.unlocked():
+      given.stages = {'s2_heads': HALF}
+    given.update_from_flattened_dict({'mesh.devices': 2, **fields})
+    pipeline.compress(source, given, tmp_path / name)
+    content, said = bundle.load(tmp_path / name), files.read_json(tmp_path / name / 'config.json')
+    return content.max_length, content.dtype, said['task'], said['model']['name']
+
+  own = files.read_json(source / 'config.json')
+  assert compressed('same') == (24, 'float32', own['task'], str(BERT))
+  found = compressed(
+    'set', **{'model.max_length': 16, 'model.dtype': 'bfloat16', 'task.fraction': 0.5}
+  )
+  assert found == (16, 'bfloat16', {**own['task'], 'fraction': 0.5}, str(BERT))
+  for field, value in (('model.name', 'elsewhere'), ('model.pooling', 'mean')):
+    with pytest.raises(InputError, match=f'config.{field}: found .{value}'):
+      compressed('refused', **{field: value})
+  with pytest.raises(InputError, match='positions'):
+    compressed('refused', **{'model.max_length': 4096})
+  assert not (tmp_path / 'refused').exists()
 
 
 def test_deltas_that_train_on_follow(data, tmp_path):
