@@ -19,4 +19,5 @@ def get_config(arg=''):
   budget = {'fn': 'budget.adalora', 'target_rank': 8}
   config.optim.groups = {'delta': {'transform': budget}}
   config.optim.lr = 1e-3
+  config.train.save = 'last'  # an earlier step has more ranks
   return config

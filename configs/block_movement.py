@@ -21,4 +21,5 @@ def get_config(arg=''):
     'schedule': {'transform': cubic}, 'delta': {'lr': 1e-2, 'weight_decay': 0.0},
   }  # fmt: skip
   config.optim.lr = 3e-5
+  config.train.save = 'last'  # an earlier step has pruned less
   return config

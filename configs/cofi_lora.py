@@ -19,4 +19,5 @@ def get_config(arg=''):
   ramp = {'fn': 'movement.schedule', 'final': 0.6, 'power': 1.0, 'warmup': 0.05, 'cooldown': 0.7}
   config.optim.groups = {'schedule': {'transform': ramp}, 'delta': {'lr': 1e-2}}
   config.optim.lr = 1e-3
+  config.train.save = 'last'  # an earlier step has pruned less
   return config

@@ -21,4 +21,5 @@ def get_config(arg=''):
   cut = {'fn': 'diff.fixed', 'density': density}
   config.optim.groups = {'delta': {'weight_decay': 0.0, 'transform': cut}}
   config.optim.lr = 1e-4
+  config.train.save = 'last'  # before the cut the difference is dense
   return config

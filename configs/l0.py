@@ -14,4 +14,5 @@ def get_config(arg=''):
   config.rules = (('params/head/.*', 'head'), ('delta/.*', 'delta'), ('params/.*', 'encoder'))
   config.optim.groups = {'delta': {'lr': 1e-2, 'weight_decay': 0.0}}
   config.optim.lr = 3e-5
+  config.train.save = 'last'  # an earlier step has pruned less
   return config

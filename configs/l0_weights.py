@@ -17,4 +17,5 @@ def get_config(arg=''):
   )  # fmt: skip
   config.optim.groups = {'delta': {'lr': 1e-2, 'weight_decay': 0.0}}
   config.optim.lr = 3e-5
+  config.train.save = 'last'  # an earlier step has pruned less
   return config

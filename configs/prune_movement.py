@@ -15,6 +15,7 @@ def get_config(arg=''):
   groups = {'schedule': {'transform': cubic}, 'delta': {'lr': 1e-2, 'weight_decay': 0.0}}
   learn = {'method': {'block': {'fn': 'movement.block', 'penalty': 10.0}}}
   learn['optim'] = {'lr': 3e-5, 'groups': groups}
+  learn['train'] = {'save': 'last'}  # an earlier step has pruned less
   learn['rules'] = (
     ('params/head/.*', 'head'), ('delta/.*/threshold', 'schedule'), ('delta/.*', 'delta'),
     ('params/embed/.*', 'frozen'), ('params/.*', 'encoder'),

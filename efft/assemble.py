@@ -17,6 +17,7 @@ from efft.models import hub
 from efft.models.encoder import Encoder, EncoderConfig
 from efft.models.layers import Hooks
 from efft.peft import base as peft
+from efft.peft import transform
 from efft.qtensor import QTensor
 from efft.training import step
 
@@ -135,6 +136,21 @@ def check_length(cfg: EncoderConfig, max_length: int) -> None:
     )
 
 
+def check_end(config: Mapping, where: str = 'config') -> None:
+  """Refuses to hand on, or to stop at, a step before the schedule of a transform is at its end.
+
+  An earlier evaluation, of an encoder that has lost less, is often the better one.
+  """
+  groups = [g for g, change in transform.build(config['optim']).items() if change.scheduled]
+  for field, needed in (('save', 'last'), ('patience', None)):
+    if groups and (found := config['train'][field]) != needed:
+      raise InputError(
+        f'{where}.train.{field}', repr(found),
+        f'{needed!r}, because group {groups[0]} is on a schedule to the end of the run',
+        f'set it to {needed!r}, or leave out the transform',
+      )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Partition:
   """Variables cut by the rules.
@@ -187,6 +203,7 @@ class Job:
 def prepare(config) -> Job:
   """Reads data and checkpoint of a config and checks all that can be checked without training."""
   config = configs.resolve(config)
+  check_end(config)
   task, model = config['task'], config['model']
   data = sources.load(**task, seed=config['seed'])
   head_key, delta_key = jax.random.split(jax.random.key(config['seed']))

@@ -226,6 +226,7 @@ def _plan(config: dict, run: Path | None) -> dict[str, tuple[dict, Prune | None]
       plan[name] = configs.tuned(config, {}), prune
     else:
       plan[name] = configs.tuned(config, stage), None
+      assemble.check_end(plan[name][0], f'config.stages.{name}')
   return plan
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from efft import assemble, config, tree
+from efft.errors import InputError
 
 BERT = Path(__file__).parent / 'fixtures' / 'bert'
 STARS = 1.0, 2.5, 4.0, 4.5
@@ -44,3 +45,11 @@ def test_a_head_for_numbers_starts_at_their_mean(stars):
 def test_a_head_for_classes_starts_at_zero(stars):
   flat = tree.flatten(job(stars, 'single').variables)
   assert not np.any(flat['params/head/out/bias'])
+
+
+@pytest.mark.parametrize('fields', [{'save': 'best'}, {'patience': 2}], ids=['save', 'patience'])
+def test_a_schedule_has_to_come_to_its_end(stars, fields):
+  given = config.load(f'configs/movement.py:task={stars},kind=single,model={BERT}')
+  given.train.update(fields)
+  with pytest.raises(InputError, match=f'config.train.{[*fields][0]}.*group schedule'):
+    assemble.prepare(given)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from efft import config, functions
+from efft.peft import transform
 
 FILES = sorted((Path(config.__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -20,6 +21,27 @@ def test_resolves(file):
   groups = [group for _, group in resolved['rules']]
   assert groups[0] == 'head', 'first, so that no other rule takes a bias or norm of the head'
   assert ('delta' in groups) == bool(resolved['method'])
+
+
+# What closes masks, gates or ranks as the run goes on.
+CLOSING = {
+  'movement.movement', 'movement.soft', 'movement.block', 'gates.l0', 'gates.l0_weights',
+  'gates.cofi', 'lora.adalora', 'diff.diff',
+}  # fmt: skip
+SCHEDULES = {'movement.schedule', 'budget.adalora', 'diff.fixed'}
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
+def test_what_closes_as_it_trains_is_handed_on_at_its_end(file):
+  resolved = config.resolve(config.load(f'{file}:task=sst2'))
+  parts = [stage for stage in resolved['stages'].values() if 'fn' not in stage] or [{}]
+  for one in (config.tuned(resolved, part) for part in parts):
+    changes = [fields.get('transform', {}) for fields in one['optim']['groups'].values()]
+    scheduled = [change['fn'] for change in changes if change.get('fn') in SCHEDULES]
+    built = transform.build(one['optim']).values()
+    assert len(scheduled) == sum(change.scheduled for change in built)
+    if scheduled or CLOSING & {spec['fn'] for spec in one['method'].values()}:
+      assert (one['train']['save'], one['train']['patience']) == ('last', None)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)

@@ -19,6 +19,9 @@ from efft.models.encoder import EncoderConfig
 LORA = {'lora': {'fn': 'lora.lora', 'rank': 2, 'targets': 'layer_.*/attention/(query|value)'}}
 HALF = {'fn': 'prune.heads', 'share': 0.5, 'score': 'magnitude'}
 
+CUBIC = {'transform': {'fn': 'movement.schedule', 'final': 0.1}}
+SCHEDULED = {'optim': {'groups': {'encoder': CUBIC}}}
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -249,6 +252,7 @@ def test_deltas_that_do_not_train_on_are_folded_in(data, tmp_path):
     ({'s1_tune': {}, 's2_x': {'fn': 'prune.heads', 'score': 'similarity'}}, 'says nothing about'),
     ({'s1_tune': {}, 's2_x': {'fn': 'prune.ziplm', 'speedup': 0.5}}, 'below 1'),
     ({'s1_tune': {}, 's2_x': 3}, "'prune.heads'"),
+    ({'s1_tune': {}, 's2_heads': HALF, 's3_tune': SCHEDULED}, 's3_tune.train.save'),
   ],
 )
 def test_bad_stages_are_refused_before_any_work(data, tmp_path, stages, found):

@@ -126,7 +126,7 @@ def adalora(
 
     return optax.GradientTransformation(init, update)
 
-  return Transform(wrap=wrap)
+  return Transform(wrap=wrap, scheduled=True)
 
 
 def _sites(flat) -> list[str]:

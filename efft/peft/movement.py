@@ -346,7 +346,7 @@ def schedule(
 
     return optax.GradientTransformation(init, update)
 
-  return Transform(wrap=wrap)
+  return Transform(wrap=wrap, scheduled=True)
 
 
 def _check_soft(threshold: float, start: float, penalty: float) -> None:

@@ -52,6 +52,8 @@ class Transform(NamedTuple):
       gradient elsewhere is 0 before it is clipped, and the numbers elsewhere stay as they are,
       decay included, or become 0 with the first step.
     share: of the group's numbers that can differ from the start, or from 0, at the end.
+    scheduled: whether only the end of the run is what the options ask for, so that no earlier
+      step may be handed on in its place.
   """
 
   prepare: Callable | None = None
@@ -59,6 +61,7 @@ class Transform(NamedTuple):
   wrap: Callable | None = None
   outside: str | None = None
   share: float = 1.0
+  scheduled: bool = False
 
 
 def build(config: Mapping, package: str = 'efft.peft') -> dict[str, Transform]:
