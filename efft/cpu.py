@@ -1,4 +1,4 @@
-"""Settings of the process that decide how fast JAX starts and how fast it is on a CPU."""
+"""The processor, and settings of the process that decide how fast JAX starts and is on it."""
 
 import ctypes
 import hashlib
@@ -52,6 +52,20 @@ def multiplies_int8() -> bool:
   if sys.platform == 'darwin' and platform.machine() == 'arm64':
     return True
   return bool(_flags() & {'avx512_vnni', 'avx_vnni', 'amx_int8', 'asimddp', 'i8mm'})
+
+
+def name() -> str:
+  """What the processor calls itself."""
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+  except (OSError, StopIteration):
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+  """How many of its cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def _flags() -> set[str]:

@@ -8,6 +8,8 @@ import resource
 import subprocess
 from pathlib import Path
 
+from efft import cpu
+
 PACKAGES = ('efft', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -20,8 +22,8 @@ def describe() -> dict:
     'git': git_commit(),
     'python': platform.python_version(),
     'host': platform.node(),
-    'cpu': _cpu(),
-    'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    'cpu': cpu.name(),
+    'cores': cpu.cores(),
     'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
   }
@@ -61,11 +63,3 @@ def git_commit() -> str | None:
     return commit + ('+' if run(['git', 'status', '--porcelain', '-uno']).stdout.strip() else '')
   except (OSError, subprocess.SubprocessError):
     return None
-
-
-def _cpu() -> str:
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from efft import assemble, tree
-from efft.compress import allocate, base, obs, slicing, ziplm
+from efft import assemble, cpu, tree
+from efft.compress import allocate, base, latency, obs, prune, slicing, ziplm
 from efft.compress.latency import Table
 from efft.errors import InputError
 from efft.training import losses
@@ -193,3 +193,46 @@ def test_fastest_encoder_has_no_blocks_left():
   expected = logits(cfg)(cut, batch, base.ones(cfg))
   found = logits(here.cfg)(variables, batch, base.ones(here.cfg))
   np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+  """Configs that a made-up measurement was asked for; the wider, the slower."""
+  seen = []
+
+  def measure(cfg, batch, length, dtype):
+    seen.append(cfg)
+    made = {
+      block: {n: s * cfg.hidden / tiny.CFG.hidden for n, s in getattr(TABLE, block).items()}
+      for block in latency.BLOCKS
+    }
+    return TABLE._replace(**made, hidden=cfg.hidden, head_dim=cfg.head_dim)
+
+  monkeypatch.setenv('EFFT_CACHE', str(tmp_path))
+  monkeypatch.setattr(latency, 'measure', measure)
+  return seen
+
+
+def test_an_encoder_with_fewer_dimensions_has_a_table_of_its_own(measured):
+  """Of the dense one is the time that speed-ups are relative to."""
+  narrow = dataclasses.replace(tiny.CFG, hidden=24, embed_dim=24)
+  here = dataclasses.replace(subject(narrow), dense=tiny.CFG)
+  stage = prune.ziplm(speedup=2.0, batch=8, length=12, evaluations=3)
+  found = smaller(narrow, stage.act(here).keep)
+  own = latency.measure(narrow, 8, 12, 'float32')
+  assert measured[:2] == [tiny.CFG, narrow]
+  assert 2.0 <= TABLE.predict(tiny.CFG) / own.predict(found) < 2.6
+  assert found.heads != narrow.heads or found.mlp != narrow.mlp
+
+
+def test_a_table_is_measured_once_for_each_shape_and_processor(measured, monkeypatch):
+  def table(**fields):
+    prune._table(dataclasses.replace(tiny.CFG, **fields), 8, 12, 'float32')
+    return len(measured)
+
+  assert [table(), table()] == [1, 1]
+  assert [table(activation='relu'), table(architecture='roberta'), table(hidden=24)] == [2, 3, 4]
+  monkeypatch.setattr(cpu, 'name', lambda: 'another')
+  assert [table(), table()] == [5, 5]
+  monkeypatch.setattr(cpu, 'cores', lambda: 1)
+  assert [table(), table()] == [6, 6]

@@ -10,7 +10,7 @@ import logging
 
 import jax
 
-from efft import files
+from efft import cpu, files
 from efft.compress import dead as remains
 from efft.compress import hidden as dimensions
 from efft.compress import latency, scores, select
@@ -176,11 +176,14 @@ def ziplm(
   def act(subject: Subject) -> Smaller:
     dense = subject.dense or subject.cfg
     table = _table(dense, batch, length, dtype)
+    before = table.predict(dense)
+    if (subject.cfg.hidden, subject.cfg.head_dim) != (table.hidden, table.head_dim):
+      table = _table(subject.cfg, batch, length, dtype)  # blocks as narrow as they are by now
     found = zip_lm.ziplm(
       subject,
       speedup,
       table,
-      dense=table.predict(dense),
+      dense=before,
       evaluations=evaluations,
       tried_on=-(-tried_on // len(subject.batches[0]['weights'])),
     )
@@ -203,7 +206,9 @@ def _merged(subject: Subject) -> dict:
 
 def _table(cfg, batch: int, length: int, dtype: str) -> latency.Table:
   shape = cfg.hidden, cfg.head_dim, max(cfg.heads), max(cfg.mlp), cfg.vocab_size, cfg.embed_dim
+  shape += cfg.architecture, cfg.activation
   device = jax.devices()[0].device_kind, jax.device_count(), jax.__version__
+  device += cpu.name(), cpu.cores()  # jax calls every processor 'cpu'
   key = repr((shape, batch, length, dtype, device)).encode()
   entry = packages.cache_root() / 'latency' / hashlib.sha256(key).hexdigest()
   if (known := files.read_sealed(entry)) is not None:
