@@ -106,7 +106,7 @@ def proof(run: Path, before: bundle.Bundle, after: bundle.Bundle, split: str) ->
     'on': split if part else 'made-up texts',
     'examples': len(texts),
     'difference': float(np.abs(old - new).max()),
-    'flips': int(np.sum(decided(old, before.kind) != decided(new, before.kind))),
+    'flips': flips(old, new, before.kind),
   }
   if part and part.labels is not None:
     names = data.metrics
@@ -150,9 +150,10 @@ def _split(run: Path, content: bundle.Bundle, split: str):
   return data.splits[split], data
 
 
-def decided(logits: np.ndarray, kind: str) -> np.ndarray:
+def flips(old: np.ndarray, new: np.ndarray, kind: str) -> int:
+  """How many examples are classified otherwise by other logits [N, C]; of numbers, none are."""
   if kind == 'regression':
-    return np.zeros(len(logits))
+    return 0
   if kind == 'multi':
-    return (logits > 0) @ (2.0 ** np.arange(logits.shape[1]))
-  return logits.argmax(-1)
+    return int(np.any((old > 0) != (new > 0), axis=-1).sum())
+  return int(np.sum(old.argmax(-1) != new.argmax(-1)))

@@ -371,8 +371,7 @@ def _judged(folder: Path, before: Path | None, known) -> tuple[dict, Any]:
   if before is not None:
     old = logits(before, bundle.load(before)) if known is None else known
     said['difference'] = float(np.abs(found - old).max())
-    new, old = (merging.decided(y, data.kind) for y in (found, old))
-    said['flips'] = int(np.sum(new != old))
+    said['flips'] = merging.flips(old, found, data.kind)
   return said, found
 
 

@@ -57,6 +57,23 @@ def test_the_proof_measures_what_differs(tmp_path):
     merging.check(said, 1e-3)
 
 
+@pytest.mark.parametrize('labels', [1, 3, 60, 1100])
+def test_flips_are_examples_of_which_some_label_differs(labels):
+  draw = np.random.default_rng(0)
+  old = draw.normal(size=(40, labels))
+  new = 2 * old
+  for row in range(0, 40, 3):
+    new[row, draw.integers(labels, size=2)] *= -1
+  new[1, -1] *= -1
+  pairs = [list(zip(*rows, strict=True)) for rows in zip(old, new, strict=True)]
+  by_hand = sum(any((a > 0) != (b > 0) for a, b in pair) for pair in pairs)
+  assert merging.flips(old, new, 'multi') == by_hand >= 2
+  largest = [[max(range(labels), key=row.__getitem__) for row in x] for x in (old, new)]
+  by_hand = sum(a != b for a, b in zip(*largest, strict=True))
+  assert merging.flips(old, new, 'single') == by_hand
+  assert merging.flips(old, new, 'regression') == 0
+
+
 def test_what_does_not_merge_is_refused_and_nothing_is_written(tmp_path):
   run = trained(tmp_path / 'run', 'pfeiffer', 1)
   with pytest.raises(InputError, match='pfeiffer, which cannot be folded into the weights'):
