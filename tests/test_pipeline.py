@@ -250,7 +250,30 @@ def test_deltas_that_do_not_train_on_are_folded_in(data, tmp_path):
     ({'s1_tune': {}, 's2_x': {'fn': 'prune.heads', 'shares': 1}}, 'shares'),
     ({'s1_tune': {}, 's2_x': {'fn': 'prune.heads', 'score': 'michael'}}, 'did you mean michel'),
     ({'s1_tune': {}, 's2_x': {'fn': 'prune.heads', 'score': 'similarity'}}, 'says nothing about'),
-    ({'s1_tune': {}, 's2_x': {'fn': 'prune.ziplm', 'speedup': 0.5}}, 'below 1'),
+    *(
+      (
+        {'s1_tune': {}, 's2_x': {'fn': f'prune.{name}', option: value}},
+        f'{option} {value!r}.*{found}',
+      )
+      for name, option, value, found in (
+        ('heads', 'scope', 'globl', 'did you mean global'),
+        ('heads', 'steps', 0, 'below 1'),
+        ('heads', 'share', 1.5, 'below 1'),
+        ('heads', 'least', -1, 'below 0'),
+        ('heads', 'examples', 0, '1 or more'),
+        ('units', 'multiple', 0, 'below 1'),
+        ('units', 'share', -0.5, 'from 0'),
+        ('layers', 'how', 'topp', 'did you mean top'),
+        ('layers', 'remove', -1.0, 'neither'),
+        ('hidden', 'share', 1.0, 'below 1'),
+        ('hidden', 'examples', 0, '1 or more'),
+        ('ziplm', 'speedup', 0.5, 'below 1'),
+        ('ziplm', 'dtype', 'bf16', 'did you mean bfloat16'),
+        ('ziplm', 'examples', 0, '1 or more'),
+        ('ziplm', 'tried_on', 0, 'below 1'),
+        ('ziplm', 'evaluations', 0, 'below 1'),
+      )
+    ),
     ({'s1_tune': {}, 's2_x': 3}, "'prune.heads'"),
     ({'s1_tune': {}, 's2_heads': HALF, 's3_tune': SCHEDULED}, 's3_tune.train.save'),
   ],

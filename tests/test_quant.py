@@ -11,7 +11,7 @@ import tiny
 from test_end_to_end import BERT, SMALL, reviews
 
 from efft import assemble, bundle, files, main, qtensor, quantize, run, tree
-from efft.compress import base, calibrate, quant
+from efft.compress import base, calibrate, prune, quant
 from efft.errors import InputError
 from efft.models import quantized
 from efft.peft import base as peft
@@ -229,6 +229,20 @@ def test_quantised_matrices_are_made_float_first(made, variables, subject):
   assert not quantize.held(values)
   for path, q in kernels(variables['dynamic']).items():
     np.testing.assert_array_equal(kernels(values)[path], qtensor.dequantize(q))
+
+
+@pytest.mark.parametrize(
+  'stage',
+  [
+    prune.heads(), prune.units(score='magnitude'), prune.layers(remove=1.0),
+    prune.layers(how='importance'), prune.hidden(), prune.words(), prune.dead(), prune.ziplm(),
+  ],
+)  # fmt: skip
+def test_nothing_is_pruned_once_it_is_quantised(stage, variables, subject):
+  """Nor looked at: there are no examples here."""
+  again = dataclasses.replace(subject, variables=variables['dynamic'], batches=[])
+  with pytest.raises(InputError, match='prune first, then quantise'):
+    stage.act(again)
 
 
 def test_deltas_stay_and_act_while_ranges_are_seen():

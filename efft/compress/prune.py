@@ -7,16 +7,18 @@ stays of it. Options are checked before anything runs.
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Sequence
 
 import jax
 
 from efft import cpu, files
 from efft.compress import dead as remains
 from efft.compress import hidden as dimensions
-from efft.compress import latency, scores, select
+from efft.compress import latency, scores, select, slicing
 from efft.compress import ziplm as zip_lm
 from efft.compress.base import Keep, Prune, Smaller, Subject
 from efft.data import packages, vocabulary
+from efft.errors import nearest
 from efft.models import hub
 from efft.peft import base as peft
 
@@ -38,6 +40,8 @@ def heads(
     examples: of the training split, to score by.
   """
   scored = scores.named(score, 'heads')
+  _check_choice(share, scope, least, steps)
+  _check_examples(examples, score)
 
   def act(subject: Subject) -> Smaller:
     def choose(found, part):
@@ -45,7 +49,7 @@ def heads(
 
     return Smaller(_iterated(subject, scored, choose, share, steps))
 
-  return Prune(act, examples)
+  return _removing(act, examples)
 
 
 def units(
@@ -59,6 +63,10 @@ def units(
     multiple: of which each layer keeps a number of units; 8 or 64 where the device likes it.
   """
   scored = scores.named(score, 'units')
+  _check_choice(share, scope, least, steps)
+  _check_examples(examples, score)
+  if multiple < 1:
+    raise ValueError(f'multiple {multiple} below 1')
 
   def act(subject: Subject) -> Smaller:
     def choose(found, part):
@@ -66,7 +74,7 @@ def units(
 
     return Smaller(_iterated(subject, scored, choose, share, steps))
 
-  return Prune(act, examples)
+  return _removing(act, examples)
 
 
 def layers(
@@ -81,15 +89,18 @@ def layers(
     examples: of the training split, for 'importance'.
   """
   scored = scores.named(score, 'layers')
+  _one_of('how', how, select.ORDERS)
+  if remove < 0 or (remove >= 1 and remove != int(remove)):
+    raise ValueError(f'remove {remove}, neither a whole number of layers nor a share below 1')
+  if how == 'importance':
+    _check_examples(examples, score)
 
   def act(subject: Subject) -> Smaller:
     found = scored(subject) if how == 'importance' else None
     count = remove if remove < 1 else int(remove)
     return Smaller(select.layers(subject.cfg.layers, count, how, found))
 
-  if remove >= 1 and remove != int(remove):
-    raise ValueError(f'remove {remove}, neither a whole number of layers nor a share below 1')
-  return Prune(act, examples if how == 'importance' else 0)
+  return _removing(act, examples if how == 'importance' else 0)
 
 
 def hidden(share: float = 0.25, examples: int = 256) -> Prune:
@@ -104,11 +115,13 @@ def hidden(share: float = 0.25, examples: int = 256) -> Prune:
     share: of the dimensions, which go.
     examples: of the training split.
   """
+  _check_share(share)
+  _check_examples(examples)
 
   def act(subject: Subject) -> Smaller:
     return Smaller(dimensions.keep(dimensions.activity(subject), share))
 
-  return Prune(act, examples)
+  return _removing(act, examples)
 
 
 def words(characters: bool = True) -> Prune:
@@ -127,7 +140,7 @@ def words(characters: bool = True) -> Prune:
     tokenizer, kept = vocabulary.shrink(subject.tokenizer, used, characters=characters)
     return Smaller(Keep(words=kept), tokenizer=tokenizer)
 
-  return Prune(act)
+  return _removing(act)
 
 
 def merge() -> Prune:
@@ -146,7 +159,9 @@ def dead() -> Prune:
   """
 
   def act(subject: Subject) -> Smaller:
-    keep, variables = remains.dead(subject.cfg, _merged(subject))
+    merged = _merged(subject)
+    slicing.check_float(merged)  # what deltas of rounding merge to, too
+    keep, variables = remains.dead(subject.cfg, merged)
     log.info('sparsity: %s', remains.sparsity(subject.cfg, variables['params']))
     return Smaller(keep, variables)
 
@@ -172,6 +187,10 @@ def ziplm(
   """
   if speedup < 1 or batch < 1 or length < 1:
     raise ValueError(f'speedup {speedup}, batch {batch} or length {length} below 1')
+  _one_of('dtype', dtype, ('float32', 'bfloat16'))
+  _check_examples(examples)
+  if evaluations < 1 or tried_on < 1:
+    raise ValueError(f'evaluations {evaluations} or tried_on {tried_on} below 1')
 
   def act(subject: Subject) -> Smaller:
     dense = subject.dense or subject.cfg
@@ -189,7 +208,41 @@ def ziplm(
     )
     return Smaller(*found)
 
-  return Prune(act, examples)
+  return _removing(act, examples)
+
+
+def _removing(act: Callable, examples: int = 0) -> Prune:
+  """A stage for float encoders alone, which says so before it looks at any example."""
+
+  def checked(subject: Subject) -> Smaller:
+    slicing.check_float(subject.variables)
+    return act(subject)
+
+  return Prune(checked, examples)
+
+
+def _one_of(what: str, given: str, able: Sequence[str]) -> None:
+  if given not in able:
+    close = nearest(str(given), able)
+    meant = f'; did you mean {close}?' if close else ''
+    raise ValueError(f'{what} {given!r}, one of {", ".join(able)}{meant}')
+
+
+def _check_share(share: float) -> None:
+  if not 0 <= share < 1:
+    raise ValueError(f'share {share}, not from 0 to below 1')
+
+
+def _check_choice(share: float, scope: str, least: int, steps: int) -> None:
+  _check_share(share)
+  _one_of('scope', scope, select.SCOPES)
+  if least < 0 or steps < 1:
+    raise ValueError(f'least {least} below 0 or steps {steps} below 1')
+
+
+def _check_examples(examples: int, score: str | None = None) -> None:
+  if examples < 0 or (not examples and score not in scores.BLIND):
+    raise ValueError(f'examples {examples}, and 1 or more are to be looked at')
 
 
 def _iterated(subject: Subject, scored, choose, share: float, steps: int) -> Keep:

@@ -144,6 +144,9 @@ STRUCTURES = dict.fromkeys(SCORES, ('heads', 'units', 'layers')) | {
   'similarity': ('layers',),
 }
 
+# Those that look at no example.
+BLIND = ('random', 'magnitude')
+
 
 def named(name: str, structure: str) -> Callable[..., Scores]:
   """The score of that name, for choosing among 'heads', 'units' or 'layers'.

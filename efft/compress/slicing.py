@@ -76,11 +76,8 @@ def cut(
     InputError: indices that are not there, nothing left, deltas that cannot follow.
   """
   _check(cfg, keep)
-  if keep != Keep() and quantize.held(variables):
-    raise InputError(
-      'stages', 'an encoder of quantised matrices', 'a float one: prune first, then quantise',
-      'put the stage that prunes before the one that quantises',
-    )  # fmt: skip
+  if keep != Keep():
+    check_float(variables)
   deltas = deltas or {}
   start, values = cfg, {name: dict(part) for name, part in variables.items()}
   if 'delta' in values and keep.hidden is not None:
@@ -100,6 +97,15 @@ def cut(
   if values.get('delta'):
     _prove(start, variables, cfg, values, keep, deltas)
   return cfg, values
+
+
+def check_float(variables: Mapping) -> None:
+  """Refuses quantised matrices: nothing is cut out of codes, nor scored by them."""
+  if quantize.held(variables):
+    raise InputError(
+      'stages', 'an encoder of quantised matrices', 'a float one: prune first, then quantise',
+      'put the stage that prunes before the one that quantises',
+    )  # fmt: skip
 
 
 def skipping(layers: tuple[int, ...]) -> Callable:
