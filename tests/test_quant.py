@@ -231,6 +231,22 @@ def test_quantised_matrices_are_made_float_first(made, variables, subject):
     np.testing.assert_array_equal(kernels(values)[path], qtensor.dequantize(q))
 
 
+def test_rules_make_quantised_matrices_float_again(variables, subject):
+  """Those that they name, and the others keep the integers that they have."""
+  before = kernels(variables['dynamic'])
+  again = dataclasses.replace(subject, variables=variables['dynamic'])
+  rule = [['params/.*/mlp/.*/kernel', 'float']]
+  for options in ({'format': 'int8'}, {'format': ''}):
+    found = kernels(quant.quantize(**options, rules=rule, examples=0).act(again).variables)
+    for path, q in before.items():
+      if '/mlp/' in path:
+        np.testing.assert_array_equal(found[path], qtensor.dequantize(q))
+      else:
+        np.testing.assert_array_equal(found[path].value, q.value)
+  found = kernels(quant.quantize(format='float', examples=0).act(again).variables)
+  assert not any(isinstance(x, QTensor) for x in found.values())
+
+
 @pytest.mark.parametrize(
   'stage',
   [

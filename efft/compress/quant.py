@@ -36,7 +36,8 @@ def quantize(
   All layers are calibrated in one pass of the float model. (GPTQ's authors quantise a block and
   then let the next one see its outputs, a pass for each.) Deltas that have not been folded in stay
   float and act while the ranges are seen; to quantise the sum of both, put 'prune.merge' before.
-  Matrices that are quantised already are made float first.
+  Matrices that are quantised already are made float first, and stay so where the format is 'float';
+  those that nothing here names keep theirs.
 
   Args:
     format: int8, int8_static, int8_weight, int4, nf4 (`efft.formats`), of kernels that `rules` do
@@ -80,7 +81,8 @@ def quantize(
 
   def act(subject: Subject) -> Smaller:
     found = matrices.formats({'params': subject.variables['params']}, setting, WHERE)
-    start = _floats(subject.variables, found)
+    named = tree.labels({'params': subject.variables['params']}, setting, WHERE, default='')
+    start = _floats(subject.variables, {path for path, name in named.items() if name})
     paths = {path: _linear(path) for path in found if path.endswith('/kernel')}
     seen = {}
     if examples and paths:
