@@ -1,7 +1,7 @@
 """From a config, its data and its checkpoint to the functions and arrays that a run uses."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from efft import config as configs
 from efft import files, quantize, starting, transfer, tree
 from efft.data import batches, packages, sources, tokens
+from efft.data.splits import digest
 from efft.errors import InputError
 from efft.models import hub
 from efft.models.encoder import Encoder, EncoderConfig
@@ -21,6 +22,7 @@ from efft.peft import transform
 from efft.qtensor import QTensor
 from efft.training import step
 
+DATA = 'data.json'  # of a run folder: {split: sha256}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -91,7 +93,8 @@ def variables(
 def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
   """The data set of a run folder whose head has these labels; None where the run has no task.
 
-  Raises InputError where the data has other labels by now.
+  Raises InputError where the data has other labels by now, or other texts to train on: a file that
+  has grown is carved anew, and what was trained on would be among what is scored.
   """
   file = Path(run) / 'config.json'
   if not file.exists():
@@ -103,7 +106,26 @@ def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
       str(run), f'the labels {", ".join(data.labels)} in the data', ', '.join(labels),
       'restore the data that the run was trained on',
     )  # fmt: skip
+  check_data(Path(run), data, ('train',))
   return data
+
+
+def keep_data(run: Path, data: sources.Dataset) -> None:
+  """Writes down what a run is trained on; InputError where it was begun on something else."""
+  check_data(run, data, ('train', 'validation'))
+  files.write_json(run / DATA, {name: digest({name: x}) for name, x in data.splits.items()})
+
+
+def check_data(run: Path, data: sources.Dataset, names: Iterable[str]) -> None:
+  """Raises InputError where splits are not what they were when the run began."""
+  file = run / DATA
+  known = files.read_json(file) if file.exists() else {}
+  for name in names:
+    if name in known and (now := digest({name: data.splits[name]})) != known[name]:
+      raise InputError(
+        f'{run}, {name} data', f'sha256 {now[:12]}', f'{known[name][:12]}, as when the run began',
+        'restore the data; or train on what there is now, into another --workdir',
+      )  # fmt: skip
 
 
 def with_dropout(cfg: EncoderConfig, rate: float | None) -> EncoderConfig:

@@ -72,7 +72,7 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
   lock = files.RunLock(workdir) if first else contextlib.nullcontext()
   with lock, progress.logs(workdir / 'train.log' if first else None) as console:
     if first:
-      describe(config, workdir)
+      describe(job, workdir)
     for line in [*announce(job), *(guide.notes if guide else ())]:
       log.info(line)
     results = _fit_in_memory(job, guide, devices, workdir, console, first)
@@ -81,9 +81,10 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
   return results
 
 
-def describe(config: dict, workdir: Path) -> None:
-  """What a run folder has from the start."""
-  files.write_json(workdir / 'config.json', config)
+def describe(job: Job, workdir: Path) -> None:
+  """What a run folder has from the start; InputError where its data has changed since."""
+  assemble.keep_data(workdir, job.data)
+  files.write_json(workdir / 'config.json', job.config)
   files.write_json(workdir / 'environment.json', environment.describe())
 
 

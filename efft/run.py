@@ -33,6 +33,7 @@ from efft.report.recommend import recommend
 from efft.sweep import sweep
 
 log = logging.getLogger(__name__)
+PLACES = ('text', 'pair')
 
 __all__ = [
   'bench', 'combine', 'compress', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect',
@@ -187,7 +188,4 @@ def _texts(input, columns, text_column) -> Split:
   """The texts of a file: from the column asked for, the run's own, or what the header suggests."""
   if text_column:
     return sources.read_texts(input, text_column, columns.get('pair'))
-  try:
-    return sources.read_texts(input, columns['text'], columns.get('pair'))
-  except InputError:
-    return sources.read_texts(input)
+  return sources.read_texts(input, usual=[columns[name] for name in PLACES if name in columns])

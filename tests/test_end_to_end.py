@@ -83,7 +83,7 @@ def refuse(capsys, *args) -> str:
 def test_run_folder_holds_what_the_readme_says(trained):
   names = {path.name for path in trained.iterdir()}
   assert names >= {
-    'config.json', 'environment.json', 'metrics.jsonl', 'train.log', 'checkpoints',
+    'config.json', 'environment.json', 'data.json', 'metrics.jsonl', 'train.log', 'checkpoints',
     'results.json', 'README.md', 'bundle',
   }  # fmt: skip
   results = files.read_json(trained / 'results.json')
@@ -276,6 +276,23 @@ def test_other_refusals(trained, data, tmp_path, capsys):
   assert 'pid' in busy
   long = refuse(capsys, *command(data, tmp_path / 'new', '--config.model.max_length=4000'))
   assert '128' in long and not (tmp_path / 'new').exists()
+
+
+def test_data_that_has_grown_is_refused(data, tmp_path, capsys):
+  """An own file is carved anew: what was trained on would be among what is scored."""
+  own = tmp_path / 'own.csv'
+  shutil.copy(data, own)
+  workdir = tmp_path / 'run'
+  once = command(own, workdir, '--config.train.steps=1')
+  assert main.main([*map(str, once)]) == 0
+  with open(own, 'a') as file:
+    file.write('One more of them.,liked\n')
+  capsys.readouterr()
+  assert 'train data' in refuse(capsys, 'evaluate', f'--run={workdir}', '--split=test')
+  (workdir / 'results.json').unlink()  # as if it had been killed
+  assert 'train data' in refuse(capsys, *once)
+  shutil.copy(data, own)
+  assert main.main(['evaluate', f'--run={workdir}', '--split=test']) == 0
 
 
 def test_damaged_bundle_is_refused(trained, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_doering2024(tmp_path):
     share = run.overrides['task.fraction']
     if method == 'bitfit':
       return 0.8 + 0.05 * (0.3 <= share <= 0.7) + 0.001 * seed
-    return 0.8 + {'full': 0.01, 'pfeiffer': 0.05}[method] * (seed - 2)
+    return 0.8 + {'full': 0.01, 'pfeiffer': 0.02}[method] * (seed - 2)
 
   records = [record(run, score(run), {}) for run in module.runs()]
   text = page(tmp_path, 'doering2024', records)
@@ -116,7 +116,7 @@ def test_doering2024(tmp_path):
   assert verdict(text, 'BitFit keeps up .* budgets') == 'agrees'
   assert verdict(text, 'Adapters bring no') == 'agrees'
   (row,) = re.findall(r'^\| 40% \| (.*) \|$', text.partition('| cola |')[0], re.M)
-  assert row.split(' | ') == ['85.2 ± 0.2 (85.0)', '80.0 ± 7.9 (70.0)', '80.0 ± 1.6 (78.0)']
+  assert row.split(' | ') == ['85.2 ± 0.2 (85.0)', '80.0 ± 3.2 (76.0)', '80.0 ± 1.6 (78.0)']
 
 
 def test_thomas2025(tmp_path):

@@ -122,8 +122,39 @@ def test_later_benches_count_for_the_runs_of_a_study(tmp_path):
   assert list(found.table['arm']) == ['lora'] * 3
   times = found.table['latency.1x128.p50_ms'].tolist()
   assert times[1] == 7.5 and math.isnan(times[0]) and math.isnan(times[2])
-  assert found.table['latency_device.cpu'].tolist()[1] == 'Another CPU'
-  assert 'efft bench' in found.notes[0]
+  notes = ' '.join(found.notes)
+  assert 'efft bench' in notes and 'measured on' not in notes, 'all times are of one machine'
+
+
+def test_a_later_time_of_a_shape_replaces_the_earlier_one(tmp_path):
+  made = make.record('lora', 0, latency=[make.latency(1, 128, 10.0), make.latency(8, 128, 50.0)])
+  merged = make.latency(8, 128, 40.0) | {'merged': True}
+  bench = make.record(
+    'lora.lora', 0, study='', overrides={}, config_hash=made['config_hash'],
+    latency=[make.latency(1, 128, 4.0), merged], device={'cpu': 'Another CPU'},
+  )  # fmt: skip
+  found = records.read(make.write(tmp_path, [made, bench]))
+  row = found.table.iloc[0]
+  assert (row['latency.1x128.p50_ms'], row['latency.8x128.p50_ms']) == (4.0, 50.0)
+  assert 'measured on 2 machines' in ' '.join(found.notes)
+  times = publish.contents(found)
+  (table,) = (t for t in times.tables if t.name == 'latency')
+  shown = {(r['batch'], r['merged']): r['p50_ms'] for r in table.rows}
+  assert shown == {(1, 'beside'): 4.0, (8, 'beside'): 50.0, (8, 'merged'): 40.0}
+
+
+@pytest.mark.parametrize('unmeasured', ['a task', 'the whole data'])
+def test_what_was_measured_of_some_runs_only_is_drawn_of_those(tmp_path, unmeasured):
+  made = make.study(('full', 'lora'), seeds=range(2), rates=(1e-3,), fractions=(0.5, 1.0))
+  for record in made:
+    whole = record['config']['task']['fraction'] == 1
+    if (record['task'] == 'mrpc') if unmeasured == 'a task' else whole:
+      record['latency'] = []
+  content = publish.contents(records.read(make.write(tmp_path, made)))
+  timed = {p['task'] for p in content.points if p['axis'].startswith('latency')}
+  assert timed == ({'sst2'} if unmeasured == 'a task' else set())
+  assert {p['task'] for p in content.points if p['axis'] == 'trained'} == {'sst2', 'mrpc'}
+  assert any(name.startswith('latency') for name in content.specs) == bool(timed)
 
 
 def test_what_makes_runs_hard_to_compare_is_said(tmp_path):
@@ -164,6 +195,14 @@ def test_runs_by_hand_are_told_apart_by_their_configs():
   names = naming.settings(['a'] * 5, made)
   assert names == ['optim.lr=0.1'] * 2 + ['optim.lr=0.2'] * 2 + ['']
   assert naming.settings(['a', 'a', 'b', 'b', 'b'], made)[:4] == [''] * 4
+
+
+def test_runs_by_hand_beside_a_sweep_keep_their_own_rates():
+  made = [make.record(overrides={'optim.lr': 0.1}), make.record(study='', overrides={})]
+  made.append(make.record(study='', overrides={}))
+  for record, lr in zip(made, (0.1, 0.1, 0.2), strict=True):
+    record['config'] = {'seed': 0, 'optim': {'lr': lr}}
+  assert naming.settings(['a'] * 3, made) == ['optim.lr=0.1'] * 2 + ['optim.lr=0.2']
 
 
 def test_a_path_that_follows_the_seed_is_no_hyper_parameter():

@@ -380,6 +380,13 @@ def test_texts_for_prediction(tmp_path):
   path = write(tmp_path / 'x.csv', [('a', '1'), ('b', '2')], ('body', 'id'))
   assert data.read_texts(path).texts == ['a', 'b']
   assert data.read_texts(path, text='id').texts == ['1', '2']
+  own = write(tmp_path / 'own.csv', [('t', 'x', '1'), ('u', '', '2')], ('title', 'remark', 'id'))
+  with pytest.raises(InputError, match='line 3'):  # and not the titles, which are not empty
+    data.read_texts(own, usual=['remark'])
+  own = write(tmp_path / 'own.csv', [('t', 'x', '1'), ('u', 'y', '2')], ('title', 'remark', 'id'))
+  assert data.read_texts(own, usual=['remark']).texts == ['x', 'y']
+  assert data.read_texts(own, usual=['summary']).texts == ['t', 'u']
+  assert data.read_texts(own, usual=['title', 'remark']).pairs == ['x', 'y']
   (tmp_path / 'x.txt').write_bytes(b'one\r\ntwo\n')
   found = data.read_texts(tmp_path / 'x.txt')
   assert found.texts == ['one', 'two'] and found.labels is None and found.rows.tolist() == [1, 2]

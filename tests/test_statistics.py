@@ -30,7 +30,7 @@ def chosen(tmp_path, made, split='report'):
 
 
 def test_an_interval_is_scipys_and_holds_the_mean():
-  values = [0.81, 0.84, 0.79, 0.88, 0.83]
+  values = [0.81, 0.84, 0.79, 0.88, 0.83, 0.85, 0.8, 0.82, 0.9, 0.78]
   found = statistics.interval(values)
   expected = stats.bootstrap(
     (values,), np.mean, confidence_level=0.95, method='BCa', rng=np.random.default_rng(0)
@@ -60,6 +60,51 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say():
     found = statistics.interval(draw.normal(3.0, 1.0, 12))
     inside += found.low <= 3.0 <= found.high
   assert 0.85 * 150 < inside < 0.99 * 150  # narrower than 95 % with 12 values, as is known
+
+
+@pytest.mark.parametrize('n', [3, 5, 9])
+def test_intervals_of_few_values_hold_student_s(n):
+  values = np.random.default_rng(n).normal(0.8, 0.02, n)
+  found = statistics.interval(values)
+  low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
+  assert found.low <= low + 1e-12 and found.high >= high - 1e-12 and found.method.endswith(' + t')
+  other = values[:3] + [0.1, 0.0, 0.2]
+  found = statistics.difference_interval(other, values)
+  expected = stats.ttest_ind(other, values, equal_var=False).confidence_interval(0.95)
+  assert found.low <= expected.low + 1e-12 and found.high >= expected.high - 1e-12
+
+
+def test_intervals_of_three_values_cover_the_mean():
+  draw = np.random.default_rng(2)
+  inside = 0
+  for _ in range(100):
+    found = statistics.interval(draw.normal(3.0, 1.0, 3))
+    inside += found.low <= 3.0 <= found.high
+  assert inside > 88  # of a bootstrap alone it is 77
+
+
+def test_a_stratified_interval_is_welchs_and_students():
+  a, b = [0.5, 0.7, 0.9, 0.6], [0.2, 0.1, 0.4]
+  # The mean of a and -b is half of the difference that Welch's test is of.
+  found = statistics.stratified([a, [-x for x in b]])
+  expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+  assert found[:2] == pytest.approx((expected.low / 2, expected.high / 2))
+  low, high = stats.t.interval(0.95, 3, np.mean(a), stats.sem(a))
+  assert statistics.stratified([a])[:2] == pytest.approx((low, high))
+  # One value each: the groups are the sample.
+  assert statistics.stratified([[x] for x in a])[:2] == pytest.approx((low, high))
+  assert statistics.stratified([[0.5, 0.5], [0.7, 0.7]])[:2] == pytest.approx((0.6, 0.6))
+  assert statistics.stratified([a[:2]]).method == ''
+
+
+def test_a_stratified_interval_covers_the_mean_of_its_groups():
+  draw = np.random.default_rng(3)
+  inside = 0
+  for _ in range(400):
+    centres = draw.normal(0.0, 5.0, 4)
+    found = statistics.stratified([draw.normal(c, 1.0, 3) for c in centres])
+    inside += found.low <= centres.mean() <= found.high
+  assert 0.92 * 400 < inside < 0.985 * 400
 
 
 def test_a_difference_of_samples_lies_where_the_means_do():
@@ -197,13 +242,36 @@ def test_a_diverged_setting_is_not_chosen_for_its_survivors(tmp_path):
   assert any('diverged' in note for note in notes)
 
 
+def test_a_setting_without_scores_is_not_chosen_for_the_one_it_has(tmp_path):
+  made = []
+  for rate, scores in ((1e-4, [0.8, 0.81, 0.8]), (1e-2, [None, None, 0.84])):
+    for seed, score in enumerate(scores):
+      record = make.record(seed=seed, overrides={'optim.lr': rate, 'seed': seed})
+      # What a correlation of constant predictions is recorded as.
+      record['metrics'] = {split: {'accuracy': score} for split in ('validation', 'report')}
+      made.append(record)
+  rows, notes = chosen(tmp_path, made)
+  row = rows.loc[('sst2', 'full')]
+  assert row['setting'] == 'optim.lr=0.0001' and row['n'] == 3
+  assert any('no score' in note for note in notes)
+
+
+def test_a_run_without_a_score_leaves_its_arm_on_the_reported_half(tmp_path):
+  made = [make.record(arm, s, 0.8) for arm in ('full', 'lora') for s in range(3)]
+  made[1]['metrics']['report'] = {'accuracy': None, 'loss': None}  # logits that are not finite
+  found = settings(tmp_path, made)
+  rows = found.rows.set_index('arm')
+  assert set(rows['split']) == {'report'} and rows.loc['full', 'n'] == 2
+  assert not any('share their data' in note for note in found.notes)
+
+
 def test_what_has_no_score_counts_as_failed(tmp_path):
   made = [make.record(seed=s) for s in range(3)]
   made[1]['metrics']['report']['accuracy'] = None
   made.append(make.failure(seed=3, error='killed'))
   found = settings(tmp_path, made)
   row = found.rows.iloc[0]
-  assert (row['n'], row['failed'], row['diverged']) == (2, 2, 0)
+  assert (row['n'], row['failed'], row['scoreless']) == (2, 2, 1)
   assert list(found.failed['status']) == ['failed', 'undefined']
   assert list(found.failed['error'])[0] == 'killed'
 

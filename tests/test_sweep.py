@@ -545,6 +545,18 @@ def test_kept_folders_lose_their_checkpoints(tmp_path, monkeypatch, capfd):
     job.clean(folder, keep=False)
 
 
+def test_a_sweep_leaves_what_another_is_making_anew(tmp_path, fake):
+  """A failed run that another process tries again has a record, and a folder in use."""
+  file, out = of_arms(tmp_path, ['crash']), tmp_path / 'out'
+  assert ended(fake(file))[0] == 1
+  (run,) = study.load(file).runs
+  folder = out / 'runs' / run.name
+  folder.mkdir(parents=True)
+  with files.RunLock(out / 'locks' / run.name):
+    assert ended(fake(file))[0] == 1 and folder.exists()
+  assert ended(fake(file))[0] == 1 and not folder.exists(), 'left by a process that was killed'
+
+
 @pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='this system has no affinity')
 def test_jobs_get_their_share_of_the_cores(tmp_path, fake):
   file, out = of_arms(tmp_path, ['a'], 2), tmp_path / 'out'

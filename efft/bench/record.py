@@ -21,7 +21,6 @@ is absent, what is not a finite number is null. Schema 1:
 """
 
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ from efft import config as configs
 from efft.bench import cost, latency
 from efft.classifier import Classifier
 from efft.data.sources import Dataset
-from efft.data.splits import Split
+from efft.data.splits import Split, digest
 from efft.data.tasks import TASKS, default_metrics
 from efft.errors import InputError
 from efft.eval import evaluate as scoring
@@ -176,20 +175,6 @@ def scores(model: Classifier, data: Dataset, part: Split) -> dict[str, float]:
   """The task's metrics of a labelled split, and the loss."""
   logits = model.logits(part.texts, part.pairs)
   return scoring.score(data.metrics, losses.build(data.kind), part.labels, logits, data.kind)
-
-
-def digest(splits: Mapping[str, Split]) -> str:
-  """sha256 of the texts and labels of all splits, in their order, whatever file they came from."""
-  total = hashlib.sha256()
-  for name, part in sorted(splits.items()):
-    total.update(f'{name} {len(part)} {part.pairs is not None};'.encode())
-    for text in (*part.texts, *(part.pairs or ())):
-      data = text.encode()
-      total.update(len(data).to_bytes(8, 'big') + data)
-    if part.labels is not None:
-      total.update(f'{part.labels.dtype.str} {part.labels.shape};'.encode())
-      total.update(part.labels.tobytes())
-  return total.hexdigest()
 
 
 def called(config: Mapping[str, Any]) -> str:

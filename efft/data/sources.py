@@ -1,6 +1,7 @@
 """From a task's name, or the user's file or folder, to a checked data set."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from efft.data.splits import Split
 from efft.data.tables import Table
 from efft.data.tasks import TASKS, Task, default_metrics
 from efft.errors import InputError
+
+log = logging.getLogger(__name__)
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -150,8 +153,17 @@ def load(
   )
 
 
-def read_texts(path: str | Path, text: str | None = None, pair: str | None = None) -> Split:
-  """The texts of one file, for prediction: no labels wanted. A .txt file holds one text a line."""
+def read_texts(
+  path: str | Path, text: str | None = None, pair: str | None = None, usual: Sequence[str] = ()
+) -> Split:
+  """The texts of one file, for prediction: no labels wanted. A .txt file holds one text a line.
+
+  Args:
+    path: csv, tsv, jsonl, parquet or txt.
+    text, pair: columns; without them what the header suggests.
+    usual: the text column and perhaps the pair column of a model, taken before anything is guessed
+      where the file has them.
+  """
   path = Path(path)
   if path.suffix.lower() == '.txt':
     lines = tables.decode(path).split('\n')
@@ -160,7 +172,11 @@ def read_texts(path: str | Path, text: str | None = None, pair: str | None = Non
     table = Table(str(path), {'text': lines}, np.arange(1, len(lines) + 1))
   else:
     table = folders.read([path])
-  use, _ = columns.choose(table, text, pair, need_label=False)
+  if not text and usual and set(usual) <= table.columns.keys():
+    text, pair = (*usual, None)[:2]
+  use, notes = columns.choose(table, text, pair, need_label=False)
+  for note in notes if usual else ():
+    log.info('%s, for want of %s', note, ' and '.join(usual))
   _check_text('input', table, use)
   return _split(table, use, None)
 

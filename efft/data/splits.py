@@ -41,6 +41,20 @@ class Split:
     return list(zip(self.texts, self.pairs or [None] * len(self), strict=True))
 
 
+def digest(splits: Mapping[str, Split]) -> str:
+  """sha256 of the texts and labels of all splits, in their order, whatever file they came from."""
+  total = hashlib.sha256()
+  for name, part in sorted(splits.items()):
+    total.update(f'{name} {len(part)} {part.pairs is not None};'.encode())
+    for text in (*part.texts, *(part.pairs or ())):
+      data = text.encode()
+      total.update(len(data).to_bytes(8, 'big') + data)
+    if part.labels is not None:
+      total.update(f'{part.labels.dtype.str} {part.labels.shape};'.encode())
+      total.update(part.labels.tobytes())
+  return total.hexdigest()
+
+
 def seeded(*what: Hashable) -> np.random.RandomState:
   """A generator that is a function of its arguments, alike on every machine and numpy version.
 

@@ -201,7 +201,7 @@ class _Population:
     with contextlib.ExitStack() as stack:
       for m in members:
         stack.enter_context(files.RunLock(m.workdir))
-        finetune.describe(m.config, m.workdir)
+        finetune.describe(m.job, m.workdir)
         (m.workdir / 'metrics.jsonl').unlink(missing_ok=True)
       shown = progress.Progress(stack.enter_context(progress.logs()))
       for line in finetune.announce(self.model):

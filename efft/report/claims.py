@@ -1,12 +1,14 @@
 """What a paper claims, set against records: agrees, disagrees, or cannot be told.
 
-A claim is about the mean of some differences, one for each seed, task or share of the data: that it
-is above 0, below 0, or within a margin of it. It is judged by the 95 % bootstrap interval of that
-mean (`statistics.interval`), so that few or scattered differences decide nothing.
+A claim is about the mean of some differences: that it is above 0, below 0, or within a margin of
+it. Differences come in groups, one a task, of a value for each seed; tasks count alike. The claim
+is judged by the 95 % interval of that mean for these tasks (`statistics.stratified`), so that few
+or scattered differences decide nothing; what is found says too in how many tasks the mean has the
+sign of the whole.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -28,9 +30,14 @@ class Claim(NamedTuple):
 
 
 def judge(
-  text: str, differences: Sequence[float], expected: str, *, margin: float = 0.0, unit: str = ''
+  text: str,
+  differences: Mapping[str, Sequence[float]],
+  expected: str,
+  *,
+  margin: float = 0.0,
+  unit: str = '',
 ) -> Claim:
-  """Judges a claim about the mean of `differences` [n].
+  """Judges a claim about the mean of `differences` {task: [a value for each seed]}.
 
   'more' agrees where the whole interval is above 0 and disagrees where all of it is below, 'less'
   the other way round; 'same' agrees where the interval is within `margin` of 0 and disagrees where
@@ -41,13 +48,18 @@ def judge(
   """
   if expected not in EXPECTED:
     raise unknown('expected', 'expectation', expected, EXPECTED)
-  n = len(differences)
-  if not n:
+  groups = [list(group) for group in differences.values() if len(group)]
+  if not groups:
     return Claim(text, 'no runs', OPEN)
-  mean, (low, high, _) = math.fsum(differences) / n, statistics.interval(differences)
-  found = f'{mean:+.1f}{unit} ({low:+.1f} to {high:+.1f}, n = {n})'
+  means = [math.fsum(group) / len(group) for group in groups]
+  mean, (low, high, _) = math.fsum(means) / len(means), statistics.stratified(groups)
+  sizes = f'n = {sum(map(len, groups))}'
+  if len(groups) > 1:
+    alike = sum(math.copysign(1, mean) == math.copysign(1, each) for each in means)
+    sizes += f', {alike} of {len(groups)} tasks'
   if math.isnan(low):
-    return Claim(text, f'{mean:+.1f}{unit} (n = {n})', OPEN)
+    return Claim(text, f'{mean:+.1f}{unit} ({sizes})', OPEN)
+  found = f'{mean:+.1f}{unit} ({low:+.1f} to {high:+.1f}, {sizes})'
   if expected == 'same':
     agrees, disagrees = -margin <= low and high <= margin, high < -margin or low > margin
   else:

@@ -40,9 +40,8 @@ def settings(groups: Sequence[Hashable], records: Sequence[Mapping]) -> list[str
     # A failed run may have no config; it must not split the setting of the others.
     known = [config for config in configs if config]
     differ = {n for n in _names(known) if len({_text(c.get(n)) for c in known}) > 1}
-    given = _names(overrides)
     fields = [
-      {n: v for n, v in config.items() if n in differ - given} | some
+      some | {n: v for n, v in config.items() if n in differ and some.get(n, v) == v}
       for config, some in zip(configs, overrides, strict=True)
     ]
     bound = {name for name in _names(fields) if _follows_seed(name, fields, seeds)}

@@ -43,6 +43,8 @@ def points(rows: pd.DataFrame, axes: list[costs.Cost]) -> list[dict]:
   for _, group in selection.largest(rows).groupby('task', sort=True):
     for axis in axes:
       some = group[group[axis.column].notna()]
+      if some.empty:
+        continue  # of this task nobody has measured it
       panel = []
       sign = some['sign'].to_numpy()
       low, high = some['low'].fillna(some['mean']), some['high'].fillna(some['mean'])

@@ -100,27 +100,29 @@ def contents(
   if lacking:
     notes.append(f'{base}, the baseline, has no runs on {", ".join(lacking)}: no tests there.')
   points = plots.points(rows, settings.costs)
+  # What was measured only of smaller shares of the data has no points.
+  axes = [cost for cost in settings.costs if any(p['axis'] == cost.name for p in points)]
   parts = [tables.scores(settings, rows)]
   if against is not None:
     old = selection.choose(selection.settings(records.read(against), split))[0]
     parts.append(tables.changed(changes.changes(rows, old)))
   parts += [tables.compared(compared, base), tables.over_tasks(over, base)]
   if settings.costs:
-    parts += [tables.cost_table(settings, whole), tables.fronts(points, settings.costs)]
+    parts += [tables.cost_table(settings, whole), tables.fronts(points, axes)]
   parts += [tables.latency(found.latency, whole), tables.failed(settings.failed)]
   curves = plots.data_curves(rows)
   specs = {
     cost.name: plots.against_cost(
       [p for p in points if p['axis'] == cost.name], cost, _metrics(rows)
     )
-    for cost in settings.costs
-    if cost.plotted and rows[cost.column].nunique() > 1
+    for cost in axes
+    if cost.plotted and whole[cost.column].nunique() > 1
   }
   return Content(
     rows,
     [part for part in parts if part.rows],
     points,
-    settings.costs,
+    axes,
     specs | ({} if curves is None else {'data': curves}),
     curves,
     _about(found, rows),

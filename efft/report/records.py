@@ -37,10 +37,10 @@ class Runs(NamedTuple):
     table: runs that ended well, a row each: `LEAD`, then the record's own numbers by dotted names
       (`metrics.report.accuracy`, `parameters.trained`, `overrides.optim.lr`), and
       `latency.<batch>x<length>.p50_ms` in the precision that the run was scored in (a bfloat16 run
-      that was timed in float32 only: that).
+      that was timed in float32 only: that), not merged where it was timed so.
     failed: the others, in the same columns.
     latency: a row for each measured shape of each run of `table`: task, fraction, arm, setting,
-      seed, batch, length, precision, p50_ms, p95_ms, p99_ms, examples_per_second.
+      seed, batch, length, precision, merged, p50_ms, p95_ms, p99_ms, examples_per_second.
     records: the records themselves; the index of the three tables (`record` in `latency`) counts
       in this list.
     folders: where each record's file is, which `run` is relative to.
@@ -96,7 +96,7 @@ def read(runs: str | PathLike | Sequence[str | PathLike]) -> Runs:
     )
   kept = sorted(last.values())
   _one_metric(rows)
-  notes += _data_notes(rows, kept)
+  notes += _data_notes(rows, records, kept)
   frame = _frame(rows, kept)
   ended = frame['status'] == 'ok'
   latency = _latency(rows, records, [i for i in kept if rows[i]['status'] == 'ok'])
@@ -167,8 +167,9 @@ def _row(record: dict) -> dict:
   chosen: dict[str, tuple] = {}
   for shape in _shapes_of(record):
     column = shape_column(shape['batch'], shape['length'])
-    rank = _likeness(shape.get('precision'), config)
-    if rank > chosen.get(column, (0, None))[0]:
+    likeness = _likeness(shape.get('precision'), config)
+    rank = (likeness, not shape.get('merged')) if likeness else (0, False)
+    if rank > chosen.get(column, ((0, False), None))[0]:
       chosen[column] = rank, shape.get('p50_ms')
   return row | {column: p50 for column, (_, p50) in chosen.items()}
 
@@ -201,7 +202,7 @@ def _with_benches(
   """Gives the times that `efft bench` has measured later to the records of the same runs.
 
   A bench knows no study: its record says what the run's config is called by itself, and would be
-  an arm of its own.
+  an arm of its own. A later time of the same shape replaces an earlier one, and says its device.
   """
   studied: dict[str, list[int]] = {}
   for index, record in enumerate(records):
@@ -213,15 +214,18 @@ def _with_benches(
     if not same or not record.get('latency'):
       kept.append(index)
     for other in same if record.get('latency') else ():
-      older = records[other].get('latency') or []
-      device = record.get('latency_device', record.get('device'))
-      records[other] = records[other] | {
-        'latency': [*older, *record['latency']], 'latency_device': device
-      }  # fmt: skip
+      known = {_cell(row): row for row in records[other].get('latency') or []}
+      place = record.get('latency_device', record.get('device'))
+      known |= {_cell(row): {**row, 'device': place} for row in record['latency']}
+      records[other] = records[other] | {'latency': list(known.values())}
   notes = []
   if gone := len(records) - len(kept):
     notes.append(f'The times of {gone} records of `efft bench` count for the same runs of a study.')
   return [records[i] for i in kept], [folders[i] for i in kept], notes
+
+
+def _cell(row: Mapping) -> tuple:
+  return *(row.get(name) for name in ('batch', 'length', 'precision')), bool(row.get('merged'))
 
 
 def _one_metric(rows: list[dict]) -> None:
@@ -236,17 +240,21 @@ def _one_metric(rows: list[dict]) -> None:
       raise InputError(f'task {task}', f'records scored by {names}', 'one metric a task', fix)
 
 
-def _data_notes(rows: list[dict], kept: Iterable[int]) -> list[str]:
+def _data_notes(rows: list[dict], records: list[dict], kept: Iterable[int]) -> list[str]:
   notes, data, machines = [], {}, {}
-  for row in (rows[i] for i in kept):
+  for row, record in ((rows[i], records[i]) for i in kept):
     if row['status'] != 'ok':
       continue
     if digest := row.get('data.sha256'):
       data.setdefault((row['task'], row['fraction'], row['seed']), set()).add(digest)
-    if any(name.startswith('latency.') for name in row):
-      place = 'latency_device' if 'latency_device.cpu' in row else 'device'
-      words = (row.get(f'{place}.{name}') for name in ('cpu', 'devices'))
-      machines.setdefault(', '.join(str(word) for word in words if word), None)
+    usual = record.get('latency_device', record.get('device'))
+    for shape in _shapes_of(record):
+      place = shape.get('device', usual)
+      place = place if isinstance(place, Mapping) else {'cpu': place}
+      machines.setdefault(
+        ', '.join(str(place[n]) for n in ('cpu', 'devices') if place.get(n)), None
+      )
+  machines.pop('', None)
   mixed = {task for (task, _, _), digests in data.items() if len(digests) > 1}
   for task in sorted(mixed):
     notes.append(f'Runs of {task} with the same seed have seen different data (data.sha256).')
@@ -270,10 +278,11 @@ def _natural(name: str) -> list:
 
 def _latency(rows: list[dict], records: list[dict], kept: list[int]) -> pd.DataFrame:
   own = [*GROUP, 'setting', 'seed']
-  measured = ['batch', 'length', 'precision', 'p50_ms', 'p95_ms', 'p99_ms', 'examples_per_second']
+  shaped = ['batch', 'length', 'precision', 'merged']
+  measured = ['p50_ms', 'p95_ms', 'p99_ms', 'examples_per_second']
   lines = [
-    [i, *(rows[i][name] for name in own), *(shape.get(name) for name in measured)]
+    [i, *(rows[i][name] for name in own), *_cell(shape), *(shape.get(name) for name in measured)]
     for i in kept
     for shape in _shapes_of(records[i])
   ]
-  return pd.DataFrame(lines, columns=['record', *own, *measured])
+  return pd.DataFrame(lines, columns=['record', *own, *shaped, *measured])

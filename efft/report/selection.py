@@ -23,8 +23,9 @@ class Settings(NamedTuple):
   Attributes:
     rows: a row a (task, fraction, arm, setting): split, metric, sign (-1 where lower is better),
       validation (mean over seeds), n, mean, sd, worst, worst_seed (of the reported split), values
-      ({seed: value}), validations ({seed: value}), records ({seed: index}), failed, diverged (runs
-      that did not end well), and the medians of all measured costs by their columns.
+      ({seed: value}), validations ({seed: value}), records ({seed: index}), failed (runs that did
+      not end well), scoreless (those of them that diverged or have no score), and the medians of
+      all measured costs by their columns.
     failed: runs that did not end well, or have no score: task, fraction, arm, setting, seed,
       status, error.
     costs: what was measured.
@@ -54,7 +55,7 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
   measured, notes, lines = costs.measured(runs.table), list(runs.notes), []
   failed = runs.failed[_FAILED].to_dict('records')
   shared, untested, key = {}, [], [*GROUP, 'setting']
-  for group, arm in _scores(runs.table).groupby(GROUP, sort=True):
+  for group, arm in _scores(runs).groupby(GROUP, sort=True):
     shown = _split_of(arm, split)
     if shown is None:
       untested.append(f'{group[2]} on {group[0]}')
@@ -74,7 +75,8 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
     medians = runs.table.astype(dict.fromkeys(columns, np.float64)).groupby(key)[columns].median()
     frame = frame.merge(medians, left_on=key, right_index=True, how='left')
   lost = pd.DataFrame(failed, columns=_FAILED)
-  for name, counted in (('failed', lost), ('diverged', lost[lost['status'] == 'diverged'])):
+  scoreless = lost[lost['status'].isin(('diverged', 'undefined'))]
+  for name, counted in (('failed', lost), ('scoreless', scoreless)):
     sizes = counted.groupby(key).size().to_dict()
     frame[name] = [sizes.get(tuple(row), 0) for row in frame[key].itertuples(index=False)]
   for task, arms in shared.items():
@@ -90,8 +92,9 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
 def choose(found: Settings, intervals: bool = True) -> tuple[pd.DataFrame, list[str]]:
   """The setting of each (task, fraction, arm) with the best mean over seeds on validation.
 
-  Settings with a run that diverged are passed over where there are others: the mean of the seeds
-  that survived flatters them. Of equal means the first by name is taken.
+  Settings with a run that diverged, or whose score does not exist (a correlation of constant
+  predictions), are passed over where there are others: the mean of the seeds that survived flatters
+  them. Of equal means the first by name is taken.
 
   Returns:
     The rows of `found` that were chosen, with `settings` (how many there were), low, high and
@@ -99,11 +102,13 @@ def choose(found: Settings, intervals: bool = True) -> tuple[pd.DataFrame, list[
   """
   rows, notes = [], []
   for (task, _, arm), group in found.rows.groupby(GROUP, sort=True):
-    candidates = group[group['diverged'] == 0] if (group['diverged'] == 0).any() else group
+    scored = group['scoreless'] == 0
+    candidates = group[scored] if scored.any() else group
     where = f'{arm} on {task}'
     if len(candidates) < len(group):
       gone = len(group) - len(candidates)
-      notes.append(f'{where}: {gone} of {len(group)} settings were passed over: a run diverged.')
+      why = 'a run diverged or has no score'
+      notes.append(f'{where}: {gone} of {len(group)} settings were passed over: {why}.')
     if len(group) > 1 and group['n'].nunique() > 1:
       notes.append(f'{where}: settings were compared over different numbers of seeds.')
     rank = (candidates['sign'] * candidates['validation']).to_numpy()
@@ -157,13 +162,18 @@ def _refuse_nothing(runs: Runs, split: str) -> None:
     raise InputError('--split', "'test', which no run has scored", 'metrics.test', fix)
 
 
-def _scores(table: pd.DataFrame) -> pd.DataFrame:
-  """What selection looks at: for each split the run's metric, and whether it was scored at all."""
+def _scores(runs: Runs) -> pd.DataFrame:
+  """What selection looks at: for each split the run's metric, and whether it was scored at all.
+
+  A null is a score, too: of predictions that have none.
+  """
+  table = runs.table
   frame = table[[*_FAILED, 'metric', 'higher_is_better']].copy()
   for split in ('validation', *SPLITS):
     prefix = f'metrics.{split}.'
-    own = [column for column in table if column.startswith(prefix)]
-    frame[f'has {split}'] = table[own].notna().any(axis=1)
+    frame[f'has {split}'] = [
+      bool((runs.records[index].get('metrics') or {}).get(split)) for index in table.index
+    ]
     values = pd.Series(np.nan, table.index, np.float64)
     for metric, some in table.groupby('metric'):
       if prefix + metric in some:

@@ -11,12 +11,15 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 9999
-FEWEST = 3  # values that a bootstrap is drawn from
+FEWEST = 3  # values that an interval is drawn from
+# Below this many values a bootstrap covers too little: 77 % of the time with 3 or 4 of a normal
+# distribution, 87 % with 5.
+FEW = 10
 EXACT = 16  # differences whose 2^n signs are all counted; of more, RESAMPLES are drawn
 
 
 class Interval(NamedTuple):
-  """A confidence interval of a mean; `method` says how: BCa, percentile, or '' for none."""
+  """A confidence interval of a mean; `method` says how: BCa, percentile, t, or '' for none."""
 
   low: float = math.nan
   high: float = math.nan
@@ -24,24 +27,42 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-  """The 95 % bootstrap interval of the mean of `values` [n].
+  """The 95 % interval of the mean of `values` [n]; none of fewer than 3.
 
-  Bias-corrected and accelerated (Efron 1987, as in scipy), by percentiles where that is degenerate;
-  none of fewer than 3 values. The same values give the same interval.
+  Bootstrapped: bias-corrected and accelerated (Efron 1987, as in scipy), by percentiles where that
+  is degenerate; of fewer than ten values wide enough to hold Student's t interval as well (`method`
+  has '+ t'). The same values give the same interval.
   """
-  return _bootstrap((np.asarray(values, np.float64),), np.mean)
+  x = np.asarray(values, np.float64)
+  return _bootstrap((x,), np.mean, [(1.0, x)])
 
 
 def difference_interval(new: Sequence[float], old: Sequence[float]) -> Interval:
-  """The interval of mean(new) - mean(old), of independent samples [n] and [m]."""
+  """The interval of mean(new) - mean(old), of independent samples [n] and [m], likewise."""
 
   def difference(a, b, axis=-1):
     return a.mean(axis=axis) - b.mean(axis=axis)
 
-  return _bootstrap((np.asarray(new, np.float64), np.asarray(old, np.float64)), difference)
+  a, b = np.asarray(new, np.float64), np.asarray(old, np.float64)
+  return _bootstrap((a, b), difference, [(1.0, a), (-1.0, b)])
 
 
-def _bootstrap(samples: tuple[np.ndarray, ...], statistic) -> Interval:
+def stratified(groups: Sequence[Sequence[float]]) -> Interval:
+  """The 95 % interval of the mean of the groups' means, for these very groups.
+
+  Groups (tasks, say) are not drawn anew, only the values within them (seeds): nothing is said of
+  other groups. Where a group has a single value and so no spread, the groups' means are the sample.
+  Of fewer than 3 values in all there is none. By Welch's t (Welch 1947, for a linear combination).
+  """
+  samples = [np.asarray(group, np.float64) for group in groups]
+  if any(len(x) < 2 for x in samples):
+    samples = [np.asarray([x.mean() for x in samples])]
+  if sum(map(len, samples)) < FEWEST:
+    return Interval()
+  return Interval(*_welch([(1 / len(samples), x) for x in samples]), 't')
+
+
+def _bootstrap(samples: tuple[np.ndarray, ...], statistic, parts) -> Interval:
   if min(map(len, samples)) < FEWEST:
     return Interval()
   if all(np.ptp(sample) == 0 for sample in samples):
@@ -56,7 +77,23 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic) -> Interval:
       ).confidence_interval  # fmt: skip
     if math.isfinite(found.low) and math.isfinite(found.high):
       break
-  return Interval(float(found.low), float(found.high), method)
+  low, high = float(found.low), float(found.high)
+  if min(map(len, samples)) >= FEW:
+    return Interval(low, high, method)
+  least = _welch(parts)
+  return Interval(min(low, least[0]), max(high, least[1]), f'{method} + t')
+
+
+def _welch(parts: Sequence[tuple[float, np.ndarray]]) -> tuple[float, float]:
+  """The t interval of sum(weight * mean(x)) over independent samples (weight, x [n > 1])."""
+  middle = math.fsum(weight * x.mean() for weight, x in parts)
+  shares = np.asarray([weight**2 * x.var(ddof=1) / len(x) for weight, x in parts])
+  if not (total := shares.sum()):
+    return middle, middle
+  sizes = np.asarray([len(x) for _, x in parts])
+  freedom = total**2 / (shares**2 / (sizes - 1)).sum()
+  half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(total)
+  return middle - half, middle + half
 
 
 def paired_t(differences: Sequence[float]) -> float:

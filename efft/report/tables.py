@@ -94,8 +94,8 @@ def scores(found: Settings, rows: pd.DataFrame) -> Table:
   splits = ' and '.join(sorted(set(rows['split'])))
   about = (
     f'Scored on the {splits} split; the setting of each arm was chosen on '
-    'validation. Intervals are bootstrapped over seeds, from three seeds on, and too '
-    'narrow for few of them. A failed run is in no mean.'
+    'validation. Intervals are bootstrapped over seeds, from three seeds on, and of fewer than ten '
+    "as wide as Student's t at least. A failed run is in no mean."
   )
   return Table('scores', 'Scores', about, columns, _ordered(rows))
 
@@ -172,16 +172,18 @@ def latency(frame: pd.DataFrame, rows: pd.DataFrame) -> Table:
   """Measured shapes of the chosen settings: medians over seeds."""
   chosen = {index for values in rows['records'] for index in values.values()}
   frame = frame[frame['record'].isin(chosen)]
-  names = ['task', 'arm', 'batch', 'length', 'precision']
+  names = ['task', 'arm', 'batch', 'length', 'precision', 'merged']
   measured = ['p50_ms', 'p95_ms', 'p99_ms', 'examples_per_second']
   numeric = frame.astype(dict.fromkeys(measured, 'float64'))
   medians = numeric.groupby(names, dropna=False)[measured].median().reset_index()
+  medians['merged'] = ['merged' if merged else 'beside' for merged in medians['merged']]
   columns = [
     *([words('task', 'task')] if medians['task'].nunique() > 1 else []),
     words('arm', 'arm'),
     numbers('batch', 'batch', count),
     numbers('length', 'tokens', count),
     words('precision', 'precision'),
+    *([words('merged', 'deltas')] if frame['merged'].any() else []),
     *(numbers(name, f'{name.partition("_")[0]}, ms', amount) for name in measured[:3]),
     numbers('examples_per_second', 'examples a second', amount),
   ]

@@ -115,9 +115,8 @@ class Crew:
     self._seen = {run.key: self.records.count(run.key) for run in runs}
     self._runs, self._to_do = list(runs), {run.key for run in to_do}
     for run in runs:
-      record = self.records.get(run.key)
-      if run.key not in self._to_do and record and not record.get('run'):
-        clean(self.root / 'runs' / run.name, keep=False)  # killed between record and removal
+      if run.key not in self._to_do:
+        self._tidy(run)
     self._queue = collections.deque(self._plan(to_do))
     self._aside: list[Planned] = []  # other processes have them
     self._waiting = False  # for those, and this has been said
@@ -135,6 +134,17 @@ class Crew:
       if stopped[0] == signal.SIGINT:
         raise KeyboardInterrupt
       raise Preempted(f'stopped with {left} runs left; run the same command again to go on')
+
+  def _tidy(self, run: Planned) -> None:
+    """Removes what a process that was killed between record and removal has left of a run."""
+    if not (self.root / 'runs' / run.name).exists():
+      return
+    # Another sweep may be trying the run again.
+    with contextlib.suppress(InputError), files.RunLock(self.root / 'locks' / run.name):
+      self.records.refresh()
+      record = self.records.get(run.key)
+      if record and not record.get('run'):
+        clean(self.root / 'runs' / run.name, keep=False)
 
   def _loop(self, stopped: list[int], live: Live | None) -> None:
     told, looked = 0, time.monotonic()

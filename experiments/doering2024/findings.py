@@ -5,6 +5,7 @@
 The same records give the same bytes. Plots: `efft report --runs=experiments/doering2024 ...`.
 """
 
+import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -56,15 +57,37 @@ def by_time(task: str, seconds: int) -> list[tuple]:
   return [(task, 1.0, f'{method}, {seconds} s') for method in METHODS]
 
 
-def differences(rows, places, method: str, other: str, column: str) -> list[float]:
-  """Of each place (the keys of all methods there) method - other, times 100."""
+def differences(rows, places, method: str, other: str, column: str) -> dict[str, list[float]]:
+  """Method - other of each task, times 100: averages over its places (shares or budgets).
+
+  Places share data and seeds, so that they are no sample. Of scores there is a value for each seed,
+  of a spread over seeds one for the task.
+
+  Args:
+    rows: by task, share and arm.
+    places: the keys of all methods there.
+    column: 'mean' or 'sd'.
+  """
   order = list(METHODS)
-  found = []
+  found: dict[str, list] = {}
   for keys in places:
     new, old = keys[order.index(method)], keys[order.index(other)]
-    if new in rows.index and old in rows.index:
-      found.append(100 * float(rows.loc[new, column] - rows.loc[old, column]))
-  return found
+    if new not in rows.index or old not in rows.index:
+      continue
+    new, old = rows.loc[new], rows.loc[old]
+    if column == 'sd':
+      values = {None: new['sd'] - old['sd']}
+    else:
+      seeds = new['values'].keys() & old['values'].keys()
+      values = {seed: new['values'][seed] - old['values'][seed] for seed in seeds}
+    found.setdefault(keys[0][0], []).append(values)
+  return {
+    task: [
+      100 * statistics.mean(values[seed] for values in some)
+      for seed in sorted(set.intersection(*map(set, some)), key=str)
+    ]
+    for task, some in found.items()
+  }
 
 
 def judged(rows: pd.DataFrame) -> list[claims.Claim]:
@@ -97,17 +120,20 @@ def judged(rows: pd.DataFrame) -> list[claims.Claim]:
 def main(argv):
   del argv
   found = records.read(HERE)
-  rows, notes = selection.choose(selection.settings(found), intervals=False)
+  settings = selection.settings(found)
+  rows, notes = selection.choose(settings, intervals=False)
   rows = rows.set_index(['task', 'fraction', 'arm']).sort_index()
   parts = [INTRODUCTION, '## By data\n']
   parts += [table(rows, t, {f'{s:.0%}': by_data(t, s) for s in b.shares}) for t, b in TASKS.items()]
   parts.append('## By time\n')
   parts += [table(rows, t, {f'{s} s': by_time(t, s) for s in SECONDS}) for t in TASKS]
   about = (
-    f'Differences are of means (or standard deviations) over five seeds, one for each task and '
-    f'share or budget; in brackets the 95 % interval of their mean. To keep up is to be within '
-    f'{MARGIN:g} points.'
+    'Differences are averages over shares or budgets, of scores one for each task and seed, of '
+    'standard deviations one for each task; in brackets the 95 % interval of their mean for these '
+    "tasks (Welch's t over seeds; of standard deviations Student's over tasks), and in how many "
+    f'tasks the mean has the sign of the whole. To keep up is to be within {MARGIN:g} points.'
   )
+  notes = [*settings.notes, *notes]
   text = claims.page(parts, judged(rows), about, notes, len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 

@@ -34,7 +34,8 @@ all-MiniLM-L6-v2, two tasks of sentiment (sst2, rotten_tomatoes) and two of topi
 accuracy x 100 on the half of the validation split that chooses nothing. The paper names neither
 models nor numbers, so directions are compared. One rate for each arm, fixed beforehand; an arm of
 stages has 125 steps more for each stage that trains again. Costs are medians over tasks and seeds;
-`whole` is the model standing alone on the disk, `step` of the last stage that trained. Made by
+`whole` is the model standing alone on the disk; of stages, `step, ms` is the mean over all training
+steps and `step, MB` that of the stage that needs most. Made by
 `efft sweep --study=experiments/thomas2025/study.py --workdir=experiments/thomas2025` and
 `findings.py`.
 """
@@ -59,12 +60,14 @@ def costs(table: pd.DataFrame) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def differences(table: pd.DataFrame, arm: str, other: str, column: str) -> list[float]:
+def differences(table: pd.DataFrame, arm: str, other: str, column: str) -> dict[str, list[float]]:
   """Of each task and seed, in percent of the other arm; of 'score' in points."""
   both = [table[table['arm'] == name].set_index(['task', 'seed']) for name in (arm, other)]
-  common = sorted(set(both[0].index) & set(both[1].index))
-  new, old = (each.loc[common, column].to_numpy(float) for each in both)
-  return list(100 * (new - old) if column == 'score' else 100 * (new / old - 1))
+  found: dict[str, list[float]] = {}
+  for task, seed in sorted(set(both[0].index) & set(both[1].index)):
+    new, old = (float(each.loc[(task, seed), column]) for each in both)
+    found.setdefault(task, []).append(100 * (new - old if column == 'score' else new / old - 1))
+  return found
 
 
 def judged(table: pd.DataFrame) -> list[claims.Claim]:
@@ -127,7 +130,8 @@ def recommendations(table: pd.DataFrame) -> str:
 def main(argv):
   del argv
   found = records.read(HERE)
-  rows, notes = selection.choose(selection.settings(found), intervals=False)
+  settings = selection.settings(found)
+  rows, notes = selection.choose(settings, intervals=False)
   own = found.table.reset_index(drop=True)
   own['score'] = [
     row[f'metrics.report.{row["metric"]}'] for _, row in own.iterrows()
@@ -136,9 +140,10 @@ def main(argv):
   parts += ['## What to take\n', recommendations(own)]
   about = (
     'Differences are of each task and seed, to the arm that is named; in brackets the 95 % '
-    'interval of their mean.'
+    "interval of their mean for these tasks (Welch's t over seeds), and in how many tasks the mean "
+    'has the sign of the whole.'
   )
-  text = claims.page(parts, judged(own), about, notes, len(found.failed))
+  text = claims.page(parts, judged(own), about, [*settings.notes, *notes], len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 
 

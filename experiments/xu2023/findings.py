@@ -55,19 +55,19 @@ def table(rows: pd.DataFrame) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def differences(rows: pd.DataFrame, name: str, other: str, column: str | None = None) -> list:
+def differences(rows: pd.DataFrame, name: str, other: str, column: str | None = None) -> dict:
   """Of each task and seed the score's difference in points, or the column's in percent."""
-  found = []
+  found = {}
   for task in TASKS:
     both = [rows[(rows['arm'] == arm) & (rows['task'] == task)] for arm in (name, other)]
     if any(each.empty for each in both):
       continue
     new, old = (each.iloc[0] for each in both)
     if column:
-      found.append(100 * (new[column] / old[column] - 1))
+      found[task] = [100 * (new[column] / old[column] - 1)]
     else:
       seeds = sorted(new['values'].keys() & old['values'].keys())
-      found += [100 * (new['values'][seed] - old['values'][seed]) for seed in seeds]
+      found[task] = [100 * (new['values'][seed] - old['values'][seed]) for seed in seeds]
   return found
 
 
@@ -81,7 +81,8 @@ def judged(rows: pd.DataFrame) -> list[claims.Claim]:
     return claims.judge(text, found, expected, unit=' %')
 
   others = [name for name in ROWS if name != 'ProPELT_Adapter']
-  averages = rows.groupby('arm')['mean'].mean()
+  averages = rows.groupby('arm')['mean'].agg(['mean', 'size'])
+  averages = averages[averages['size'] == len(TASKS)]['mean']
   known = [name for name in others if name in averages]
   second = max(known, key=lambda name: averages[name], default='FT')
   return [
@@ -108,7 +109,8 @@ def judged(rows: pd.DataFrame) -> list[claims.Claim]:
 def main(argv):
   del argv
   found = records.read(HERE)
-  rows, notes = selection.choose(selection.settings(found), intervals=False)
+  settings = selection.settings(found)
+  rows, notes = selection.choose(settings, intervals=False)
   rows = rows.assign(**{
     column: [
       found.table.loc[list(each.values()), column].median() for each in rows['records']
@@ -117,9 +119,12 @@ def main(argv):
   })  # fmt: skip
   about = (
     'Differences in points are of each task and seed, of memory in percent of each task; in '
-    'brackets the 95 % interval of their mean. A claim whose interval holds 0 cannot be told.'
+    "brackets the 95 % interval of their mean for these tasks (Welch's t over seeds; of memory, "
+    "which has one value a task, Student's over tasks), and in how many tasks the mean has the "
+    'sign of the whole. A claim whose interval holds 0 cannot be told.'
   )
   parts = [INTRODUCTION, table(rows)]
+  notes = [*settings.notes, *notes]
   text = claims.page(parts, judged(rows), about, notes, len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 
