@@ -10,6 +10,7 @@ import numpy as np
 from efft import arithmetic, compact
 from efft.bundle import Bundle
 from efft.errors import InputError, nearest
+from efft.qtensor import QTensor
 
 LOW_RANK = ('lora.lora', 'lora.embedding')
 # What does something to one run.
@@ -96,6 +97,12 @@ def check_alike(runs: Sequence[str], contents: Sequence[Bundle], how: str, head:
     if first.tokenizer != content.tokenizer:
       fix = 'combine runs that share one'
       raise InputError(run, 'another tokenizer', f'the one of {runs[0]}', fix)
+    if held := [path for path, x in content.leaves.items() if isinstance(x, QTensor)]:
+      raise InputError(
+        run, f'{held[0]}, held in {content.leaves[held[0]].codes}', 'runs of float numbers',
+        'combine the runs as they were trained, then quantise',
+      )  # fmt: skip
+    alike('quantize', first.quantize, content.quantize, 'combine runs beside one form of the base')
     functions = [{name: spec['fn'] for name, spec in c.method.items()} for c in (first, content)]
     alike('methods', *functions, 'combine runs of one method')
     for name, spec in content.method.items():

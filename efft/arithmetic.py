@@ -200,7 +200,7 @@ def head(
   places = [{name: at for at, name in enumerate(own)} for own in labels]
   found = {}
   for path in heads[0]:
-    if not path.startswith(OUT):
+    if not path.startswith(OUT) or not names:  # a number has no classes to go by
       found[path] = _mean([leaves[path] for leaves in heads], weights)
       continue
     columns = []

@@ -38,7 +38,7 @@ class Bundle:
   encoder: dict[str, Any]  # EncoderConfig.to_dict()
   method: dict[str, dict]  # config.method: {name: {'fn': ..., arguments}}
   rules: tuple[tuple[str, str], ...]  # config.rules: (path regex, group)
-  labels: tuple[str, ...]  # class names by index; the one target's name for regression
+  labels: tuple[str, ...]  # class names by index; none for regression
   kind: str  # 'single', 'multi' or 'regression'
   max_length: int  # tokens
   dtype: str  # 'float32' or 'bfloat16': what it was trained to compute in

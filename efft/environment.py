@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 from efft import cpu
@@ -34,7 +35,8 @@ def peak_memory() -> int:
   import jax
 
   stats = jax.local_devices()[0].memory_stats() or {}
-  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  unit = 1 if sys.platform == 'darwin' else 1024
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return stats.get('peak_bytes_in_use', resident)
 
 

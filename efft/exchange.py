@@ -44,7 +44,9 @@ def export(
     output: the folder to make.
     format: 'hf', a whole model with the deltas merged, for transformers'
       AutoModelForSequenceClassification; 'peft' and 'adapterhub', the adapter with its head.
-    tolerance: the largest difference of any logit that merging may make; see `merging.merge`.
+    tolerance: the largest difference of any logit that merging may make (see `merging.merge`), or
+      that the other library's float base makes to an adapter that was trained beside a quantised
+      one. Other adapters are exact.
     split: of the run's task, on which both forms are compared.
     layout: of AdapterHub's weights, 'safetensors' or 'bin'.
     name: of the adapter, in AdapterHub's files.
@@ -66,7 +68,7 @@ def export(
   if format == 'hf':
     contents, said, notes = _whole(run, content, tolerance, split)
   else:
-    contents, said, notes = _adapter(run, content, format, layout, name, split)
+    contents, said, notes = _adapter(run, content, format, layout, name, split, tolerance)
   said.pop('metrics', None)
   contents['README.md'] = _card(run.name, content, format, said, notes).encode()
   with files.atomic_folder(output) as temp:
@@ -102,7 +104,10 @@ def _whole(run: Path, content: bundle.Bundle, tolerance: float, split: str):
   return contents, said, notes
 
 
-def _adapter(run: Path, content: bundle.Bundle, format: str, layout: str, name: str, split: str):
+def _adapter(
+  run: Path, content: bundle.Bundle, format: str, layout: str, name: str, split: str,
+  tolerance: float,
+):  # fmt: skip
   """(files, proof, notes) of an adapter: written, read again, and compared."""
   base = starting.base(content)
   _check_beside(content, base, format)
@@ -112,10 +117,14 @@ def _adapter(run: Path, content: bundle.Bundle, format: str, layout: str, name: 
       (Path(scratch) / file).parent.mkdir(parents=True, exist_ok=True)
       (Path(scratch) / file).write_bytes(data)
     again = _MODULES[format].read(Path(scratch), base)
-  back = dataclasses.replace(content, **_of(again, base))
+  # Another library puts it beside the float base.
+  back = dataclasses.replace(content, **_of(again, base), quantize=())
   said = merging.proof(run, content, back, split)
-  merging.check(said, _EXACT)
-  return contents, said, list(again.notes)
+  merging.check(said, tolerance if content.quantize else _EXACT)
+  notes = list(again.notes)
+  if content.quantize:
+    notes.append('trained beside a quantised base, which no file of an adapter can say')
+  return contents, said, notes
 
 
 def _check_beside(content: bundle.Bundle, base: hub.Base, format: str) -> None:
@@ -178,7 +187,9 @@ def import_adapter(
     output: the run folder to make. `predict` and `export` take it; `evaluate` and
       `train --config=OUTPUT/config.json --workdir=...`, which goes on from it, need `task`.
     task: as after `--config=FILE.py:task=`: 'mrpc', 'reviews.csv,text=review,label=stars'.
-    labels: class names in the order of its head, where neither it nor the task has them.
+    labels: class names in the order of its head, where it has none itself, or other ones than the
+      task. Where head and task name the same classes in another order, the task's order is taken
+      and the head's columns follow; a head without names is taken to be in that order.
     max_length: tokens.
 
   Returns:
@@ -204,6 +215,8 @@ def import_adapter(
     config = configs.resolve(given)
     data = sources.load(**config['task'], seed=config['seed'])
   names, kind = _labels(adapter, checkpoint, data, labels)
+  if own := _named(adapter, labels):
+    adapter = adapter._replace(leaves=_ordered(adapter.leaves, own, names))
   fields = _of(adapter, checkpoint)
   tokenizer = hub.tokenizer(checkpoint.folder, checkpoint.cfg.vocab_size)
   content = bundle.Bundle(
@@ -268,19 +281,38 @@ def _labels(adapter: foreign.Adapter, base: hub.Base, data, given):
   kind = data.kind if data else adapter.kind or ('regression' if count == 1 else 'single')
   if kind == 'regression' and count == 1:
     return (), kind
-  names = (
-    tuple(given or ()) or (data.labels if data else None) or adapter.labels or base.labels or ()
-  )
+  own = _named(adapter, given)
+  names = (data.labels if data else None) or own or base.labels or ()
   if len(names) != count:
     raise InputError(
       '--labels', f'{len(names)} names ({", ".join(names)})' if names else 'no class names',
       f'{count}, one an output of the head', 'pass --labels=NAME,NAME,... in its order',
     )  # fmt: skip
-  if data and data.labels != names:
+  if own and sorted(own) != sorted(names):
     raise InputError(
-      '--labels', ', '.join(names), f'{", ".join(data.labels)} as in the task', 'correct one'
-    )
+      '--labels', f'the head of {", ".join(own)}', f'{", ".join(names)} as in the task',
+      "pass the task's names in the order of the head",
+    )  # fmt: skip
   return names, kind
+
+
+def _named(adapter: foreign.Adapter, given) -> tuple[str, ...]:
+  """The classes of an adapter's head in its order; () where nobody has named them."""
+  names = tuple(given or adapter.labels or ())
+  numbered = [(f'LABEL_{i}', str(i)) for i in range(len(names))]
+  unnamed = all(name in numbers for name, numbers in zip(names, numbered, strict=True))
+  return () if unnamed and not given else names
+
+
+def _ordered(leaves: Mapping, own: tuple[str, ...], names: tuple[str, ...]) -> Mapping:
+  if own == names or not names:
+    return leaves
+  if beside := [path for path in leaves if path.startswith('delta/head/')]:
+    raise InputError(
+      '--labels', f'{beside[0]} and the order {", ".join(own)}', f'{", ".join(names)}',
+      'import it without --task',
+    )  # fmt: skip
+  return transfer.reordered(leaves, own, names)
 
 
 def _continuing(config: Mapping, content: bundle.Bundle, output: Path) -> dict:

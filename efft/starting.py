@@ -6,6 +6,7 @@ the same method.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from efft.errors import InputError
 from efft.models import convert, hub
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
+
+log = logging.getLogger(__name__)
 
 _WHERE = 'config.model.name'
 
@@ -42,7 +45,7 @@ def start(
   Args:
     name: a run folder or a bundle; otherwise see `hub.resolve`.
     num_labels: outputs of the head.
-    labels: class names of the task, to which a bundle's head is matched by head='keep'.
+    labels: class names of the task, to which the head that is there is matched by head='keep'.
     pooling, head, key: as for `hub.load`.
 
   Raises:
@@ -51,7 +54,7 @@ def start(
   folder = Path(name).expanduser()
   if not bundle.is_there(folder):
     base = hub.load(name, num_labels=num_labels, pooling=pooling, head=head, key=key)
-    return Start(base, {}, {})
+    return Start(_in_order(base, labels) if head == 'keep' else base, {}, {})
   content = bundle.load(folder)
   if content.needs_base:
     raise InputError(
@@ -80,6 +83,30 @@ def start(
     cfg, params, place, str(name), bundle.identity(place), content.kind, content.labels
   )
   return Start(base, content.method, values.get('delta', {}))
+
+
+def _in_order(base: hub.Base, labels: Sequence[str]) -> hub.Base:
+  """A checkpoint whose own head has its classes in the order of the task's labels.
+
+  Names are matched whatever their case. Those that do not match are taken to be in order: a
+  checkpoint may well say 'entailment' for what a csv file calls '0'.
+  """
+  own = base.labels or ()
+  have, want = ([name.casefold() for name in names] for names in (own, labels))
+  if not own or not want or have == want:
+    return base
+  if sorted(have) != sorted(want) or len(set(want)) < len(want):
+    log.warning(
+      '%s: its head of %s is kept for %s, in this order', base.name, ', '.join(own),
+      ', '.join(labels),
+    )  # fmt: skip
+    return base
+  order = [have.index(name) for name in want]
+  head = base.params['head']
+  out = {name: x[..., order] for name, x in head['out'].items()}
+  params = {**base.params, 'head': {**head, 'out': out}}
+  log.info('%s: the classes of its head in the order %s', base.name, ', '.join(labels))
+  return dataclasses.replace(base, params=params, labels=tuple(own[i] for i in order))
 
 
 def taken_over(found: Start, deltas: peft.Deltas, method: Mapping, made: Mapping) -> Mapping:

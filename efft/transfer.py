@@ -183,8 +183,20 @@ def _head(content: bundle.Bundle, leaves: Mapping, labels: tuple[str, ...], run)
       f'of {run}', f'{", ".join(labels) or "a number"}, those of this task', "use head='new'",
     )  # fmt: skip
   head = {path: x for path, x in leaves.items() if path.startswith('params/head/')}
-  if labels:
-    order = [content.labels.index(label) for label in labels]
-    for path in ('params/head/out/kernel', 'params/head/out/bias'):
-      head[path] = head[path][..., order]
-  return head
+  return reordered(head, content.labels, labels)
+
+
+def reordered(
+  leaves: Mapping[str, Any], have: Sequence[str], want: Sequence[str]
+) -> dict[str, Any]:
+  """Leaves whose head's last layer has its classes in another order.
+
+  Args:
+    leaves: {path: array}, of which those below 'params/head/out/' change.
+    have, want: the same names, in the order of the outputs now and then.
+  """
+  order = [have.index(name) for name in want]
+  return {
+    path: x[..., order] if order and path.startswith('params/head/out/') else x
+    for path, x in leaves.items()
+  }

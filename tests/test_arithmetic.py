@@ -312,6 +312,15 @@ def test_average_goes_by_label(weights):
   close(scores(found, names), {name: 0.25 * first[name] + 0.75 * second[name] for name in names})
 
 
+def test_heads_of_a_number_are_averaged():
+  leaves = [{p: x[..., :1] if '/out/' in p else x for p, x in own.items()} for own in heads()[:2]]
+  found, names = arithmetic.head('average', leaves, ((), ()), (0.25, 0.75))
+  assert names == () and found.keys() == leaves[0].keys()
+  for path, x in found.items():
+    expected = 0.25 * leaves[0][path] + 0.75 * leaves[1][path]
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_one_head_twice_in_another_order_is_that_head():
   one = heads()[0]
   turned = {p: x[..., [2, 0, 1]] if '/out/' in p else x for p, x in one.items()}

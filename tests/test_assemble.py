@@ -1,13 +1,17 @@
 """What a run starts from, before its first step."""
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from efft import assemble, config, tree
+from efft import assemble, config, starting, tree
 from efft.errors import InputError
+from efft.models import hub
 
 BERT = Path(__file__).parent / 'fixtures' / 'bert'
 STARS = 1.0, 2.5, 4.0, 4.5
@@ -40,6 +44,24 @@ def test_a_head_for_numbers_starts_at_their_mean(stars):
   assert abs(float(flat['params/head/out/bias'][0]) - least) < 1e-3
   others = [x for path, x in flat.items() if path.startswith('params/head/') and 'bias' in path]
   assert sum(np.count_nonzero(x) for x in others) == 1
+
+
+def test_a_kept_head_has_its_classes_in_the_order_of_the_task(tmp_path):
+  model = tmp_path / 'bert'
+  shutil.copytree(BERT, model)
+  about = json.loads((model / 'config.json').read_text())
+  about['id2label'] = {'0': 'Contradiction', '1': 'neutral', '2': 'entailment'}
+  (model / 'config.json').write_text(json.dumps(about))
+  own = hub.load(str(model), num_labels=3, head='keep', key=jax.random.key(0)).params['head']['out']
+  labels = ('entailment', 'neutral', 'contradiction')
+  options = {'num_labels': 3, 'head': 'keep', 'key': jax.random.key(0)}
+  base = starting.start(str(model), labels=labels, **options).base
+  out = base.params['head']['out']
+  for leaf in ('kernel', 'bias'):
+    for i, name in enumerate(('contradiction', 'neutral', 'entailment')):
+      np.testing.assert_array_equal(out[leaf][..., labels.index(name)], own[leaf][..., i])
+  base = starting.start(str(model), labels=('a', 'b', 'c'), **options).base
+  np.testing.assert_array_equal(base.params['head']['out']['kernel'], own['kernel'])
 
 
 def test_a_head_for_classes_starts_at_zero(stars):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,19 @@ import pytest
 import test_end_to_end as runs
 from moved import base, trained
 
-from efft import arithmetic, assemble, bundle, compact, config, files, main, run, transfer, tree
+from efft import (
+  arithmetic,
+  assemble,
+  bundle,
+  compact,
+  config,
+  files,
+  main,
+  quantize,
+  run,
+  transfer,
+  tree,
+)
 from efft.arithmetic import Mix
 from efft.combining import combine
 from efft.errors import EnvironmentProblem, InputError
@@ -65,6 +78,20 @@ LORAS = (
     'rank_pattern': [['layer_0/.*', 1]], 'alpha_pattern': [['layer_1/.*', 5.0]],
   },
 )  # fmt: skip
+
+
+def test_quantised_runs_are_refused(tmp_path):
+  folders = [trained(tmp_path / str(i), 'lora', i) for i in range(2)]
+  content = read(folders[1])
+  form = dataclasses.replace(content, quantize=(('params/layer_.*/kernel', 'int8'),))
+  held = quantize.quantized(tree.unflatten(variables(folders[1])), form.quantize)
+  whole = dataclasses.replace(content, leaves=content.leaves | tree.flatten(held))
+  for changed, says in ((form, 'quantize'), (whole, 'held in int8.*then quantise')):
+    place = Path(folders[1]) / 'bundle'
+    shutil.rmtree(place)
+    bundle.save(place, changed)
+    with pytest.raises(InputError, match=says):
+      combine(folders, tmp_path / 'out')
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 """Other libraries' adapters as run folders and back: the whole way, by files and command line."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -176,6 +177,48 @@ def test_names_that_lead_elsewhere_are_refused(name, tmp_path):
   with pytest.raises(InputError, match='--name'):
     exchange.export(tmp_path / 'run', tmp_path / 'out', 'adapterhub', name=name)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
+
+
+def test_the_classes_of_a_head_keep_their_names_beside_a_task(base, reviews, tmp_path):
+  """AdapterHub's heads are named; the task has the same names in another order."""
+  source = copy(HUB, tmp_path / 'named')
+  about = json.loads((source / 'head_config.json').read_text())
+  own = [LABELS[i] for i in (2, 0, 1)]
+  about['label2id'] = {name: i for i, name in enumerate(own)}
+  (source / 'head_config.json').write_text(json.dumps(about))
+  task = f'{reviews},labels={"|".join(LABELS)}'
+  exchange.import_adapter(source, str(base), tmp_path / 'alone')
+  done = exchange.import_adapter(source, str(base), tmp_path / 'run', task=task)
+  assert done['labels'] == list(LABELS)
+  alone, beside = (next(run.predict(tmp_path / f, ['a movie'])) for f in ('alone', 'run'))
+  assert beside['scores'] == pytest.approx(alone['scores'], abs=1e-6)
+  about['label2id'] = {'a': 0, 'b': 1, 'c': 2}
+  (source / 'head_config.json').write_text(json.dumps(about))
+  with pytest.raises(InputError, match='the head of a, b, c.*as in the task'):
+    exchange.import_adapter(source, str(base), tmp_path / 'other', task=task)
+  done = exchange.import_adapter(source, str(base), tmp_path / 'other', task=task, labels=own)
+  told = next(run.predict(tmp_path / 'other', ['a movie']))
+  assert told['scores'] == pytest.approx(alone['scores'], abs=1e-6)
+
+
+def test_an_adapter_of_a_quantised_base_is_compared_beside_the_float_one(tmp_path):
+  folder = tmp_path / 'run'
+  trained(folder, 'lora', 1)
+  content = bundle.load(folder)
+  shutil.rmtree(folder / 'bundle')
+  content = dataclasses.replace(content, quantize=(('params/layer_.*/kernel', 'int8'),))
+  bundle.save(folder / 'bundle', content)
+  with pytest.raises(InputError, match='--tolerance'):
+    exchange.export(folder, tmp_path / 'out', 'peft', tolerance=1e-6)
+  said = exchange.export(folder, tmp_path / 'out', 'peft', tolerance=10.0)
+  model = tmp_path / 'model'
+  shutil.copytree(FIXTURES / 'bert', model)
+  (model / 'tokenizer.json').write_text(tokenizer('bert'))
+  imported(tmp_path / 'out', model, tmp_path / 'again')
+  texts = ['a gorgeous movie', 'a waste of time']
+  one, two = (Classifier.load(place).logits(texts) for place in (folder, tmp_path / 'again'))
+  assert 0 < np.abs(one - two).max() and said['difference'] > 0
+  assert any('quantised' in note for note in said['notes'])
 
 
 def test_a_head_without_names_asks_for_them(base, tmp_path):

@@ -392,6 +392,41 @@ def test_a_cached_hub_id_needs_no_network(offline):
   assert base.folder == offline and base.name == 'owner/tiny'
 
 
+def test_what_another_program_has_cached_is_completed_once(folder, tmp_path, monkeypatch):
+  """transformers leaves a sentence encoder without the files that say how it pools."""
+  import huggingface_hub
+
+  asked = []
+
+  def download(name, allow_patterns, local_files_only=False):
+    asked.append('cache' if local_files_only else 'hub')
+    if not local_files_only:
+      (folder / '1_Pooling').mkdir(exist_ok=True)
+      (folder / '1_Pooling' / 'config.json').write_text('{"pooling_mode_mean_tokens": true}')
+    return str(folder)
+
+  class Api:
+    def model_info(self, name):
+      if offline:
+        raise ConnectionError('no network')
+
+  monkeypatch.setenv('EFFT_CACHE', str(tmp_path / 'efft'))
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+  offline = True
+  assert load('owner/tiny').cfg.pooling == 'cls' and asked == ['cache']
+  offline = False
+  assert load('owner/tiny').cfg.pooling == 'mean' and asked[1:] == ['cache', 'hub']
+  offline = True
+  assert load('owner/tiny').cfg.pooling == 'mean' and asked[3:] == ['cache']
+
+
+@pytest.mark.parametrize('name', ['roberta-base-', 'runs/-abc', 'a.git', 'owner/' + 'a' * 120])
+def test_names_that_the_hub_does_not_know_as_names_are_refused(name, offline):
+  with pytest.raises(InputError, match='a folder or a Hugging Face id'):
+    hub.resolve(name)
+
+
 def test_a_hub_id_that_is_not_in_the_cache_says_what_to_do(offline):
   with pytest.raises(EnvironmentProblem, match='not in the cache and cannot be downloaded'):
     hub.resolve('owner/other')

@@ -9,12 +9,14 @@ import logging
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import tokenizers
 
+from efft import files
 from efft.errors import EnvironmentProblem, InputError
 from efft.models import convert, weights
 from efft.models.encoder import EncoderConfig
@@ -92,7 +94,7 @@ def load(
 def resolve(name_or_path: str) -> Path:
   """The folder of a checkpoint: an existing one, a package's, or a hub id's, downloaded once.
 
-  A hub id that is wholly in the cache needs no network. Raises InputError for a path that is not
+  A hub id that was once downloaded whole needs no network. Raises InputError for a path that is not
   there and for a model the hub does not give, EnvironmentProblem where the hub is out of reach.
   """
   name = str(name_or_path)
@@ -192,33 +194,62 @@ def snapshot(
   otherwise: str = 'try again, or pass a folder',
   whole: Callable[[Path], bool] = lambda folder: True,
 ) -> Path:
-  """The files of a hub id that match, from the cache where they are `whole`, else downloaded.
+  """The files of a hub id that match, downloaded once.
+
+  What another program has put into the cache may lack files that it had no need of, though they are
+  `whole` enough to go on with: the hub is asked until it has once been asked for all, and where it
+  is out of reach such files are taken as they are.
 
   Raises InputError for what the hub does not give, EnvironmentProblem where it is out of reach.
   """
   import huggingface_hub
   from huggingface_hub import errors
 
+  from efft.data import packages
+
   def get(**options):
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
 
+  def asked(folder):
+    kinds = zlib.crc32(' '.join(patterns).encode())
+    return packages.cache_root() / 'hub' / f'{name.replace("/", "--")}-{folder.name}-{kinds:08x}'
+
+  found = None
   try:
-    folder = get(local_files_only=True)
-    if whole(folder):
-      return folder
+    found = get(local_files_only=True)
+  except errors.HFValidationError as error:
+    fix = 'check it; an id looks like roberta-base or owner/name'
+    raise InputError(where, repr(name), 'a folder or a Hugging Face id', fix) from error
   except OSError:  # not in the cache
     pass
+  if found is not None and whole(found) and asked(found).exists():
+    return found
   try:
-    return get()
-  except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+    # Else a hub out of reach would go unnoticed: what is in the cache is then all that is found.
+    huggingface_hub.HfApi().model_info(name)
+    folder = get()
+  except Exception as error:
+    if found is None:
+      raise _refusal(error, name, where, otherwise) from error
+    log.info('%s: from the cache, as it is there: the hub cannot be asked for more', name)
+    return found
+  with files.disk_errors(asked(folder)):
+    asked(folder).parent.mkdir(parents=True, exist_ok=True)
+  files.atomic_write(asked(folder), '')
+  return folder
+
+
+def _refusal(error: Exception, name: str, where: str, otherwise: str) -> Exception:
+  from huggingface_hub import errors
+
+  if isinstance(error, (errors.RepositoryNotFoundError, errors.GatedRepoError)):
     fix = 'check the name; for a private or gated one, log in with `hf auth login` first'
-    raise InputError(where, repr(name), 'something that the hub gives you', fix) from error
-  except Exception as error:  # httpx, requests or the hub's own, by version
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise EnvironmentProblem(
-      f'{where}: {name} is not in the cache and cannot be downloaded ({reason[0][:200]}); '
-      f'{otherwise}'
-    ) from error
+    return InputError(where, repr(name), 'something that the hub gives you', fix)
+  # httpx, requests or the hub's own, by version
+  reason = str(error).strip().splitlines() or [type(error).__name__]
+  return EnvironmentProblem(
+    f'{where}: {name} is not in the cache and cannot be downloaded ({reason[0][:200]}); {otherwise}'
+  )
 
 
 def _download(name: str) -> Path:
