@@ -54,6 +54,6 @@ setup(
     'dev': [*test, 'ruff==0.17.*'],
     'report': report,
     'tensorboard': ['tensorboardX>=2.6'],
-    'wandb': ['wandb>=0.19'],
+    'wandb': ['wandb>=0.19.10'],
   },
 )

@@ -1,6 +1,7 @@
 """S4: every group of layers its own methods (Chen et al. 2023, arXiv 2301.01821).
 
-Adapters, prefixes, biases and LoRA in a spindle of twelve layers; set layers for another depth.
+Adapters, prefixes, biases and LoRA in a spindle of six layers; of BERT-base:
+--config.method.s4.layers=12.
 
     efft train --config=configs/s4.py:task=rotten_tomatoes --workdir=runs/s4
 """
@@ -10,7 +11,7 @@ from efft.config import default
 
 def get_config(arg=''):
   config = default(arg)
-  config.method = {'s4': {'fn': 'hybrid.s4', 'layers': 12}}
+  config.method = {'s4': {'fn': 'hybrid.s4', 'layers': 6}}
   config.rules = (
     ('params/head/.*', 'head'),
     ('delta/.*', 'delta'),

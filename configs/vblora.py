@@ -10,7 +10,9 @@ from efft.config import default
 
 def get_config(arg=''):
   config = default(arg)
-  config.method = {'vblora': {'fn': 'shards.vblora', 'rank': 4, 'num_vectors': 96}}
+  config.method = {
+    'vblora': {'fn': 'shards.vblora', 'rank': 4, 'num_vectors': 96, 'vector_length': 128}
+  }
   config.rules = (
     ('params/head/.*', 'head'),
     ('delta/.*', 'delta'),

@@ -161,9 +161,18 @@ def check_length(cfg: EncoderConfig, max_length: int) -> None:
 def check_end(config: Mapping, where: str = 'config') -> None:
   """Refuses to hand on, or to stop at, a step before the schedule of a transform is at its end.
 
-  An earlier evaluation, of an encoder that has lost less, is often the better one.
+  An earlier evaluation, of an encoder that has lost less, is often the better one. An average over
+  the steps still has what has been taken away meanwhile.
   """
-  groups = [g for g, change in transform.build(config['optim']).items() if change.scheduled]
+  changes = transform.build(config['optim'])
+  for group, change in changes.items():
+    if config['optim']['ema'] is not None and (change.scheduled or change.outside == 'zero'):
+      raise InputError(
+        f'{where}.optim.ema', config['optim']['ema'],
+        f'None, because the transform of group {group} takes numbers away, which an average over '
+        'the steps keeps', 'leave it out, or leave out the transform',
+      )  # fmt: skip
+  groups = [group for group, change in changes.items() if change.scheduled]
   for field, needed in (('save', 'last'), ('patience', None)):
     if groups and (found := config['train'][field]) != needed:
       raise InputError(

@@ -43,6 +43,9 @@ def describe(file: Path) -> dict:
     of 128 tokens, relative to the encoder's own.
   """
   resolved = configs.resolve(configs.load(f'{file}:task=sst2'))
+  for spec in resolved['method'].values():
+    if isinstance(spec.get('layers'), int):  # s4's, which a config has of another encoder
+      spec['layers'] = BERT_BASE.layers
   net = assemble.network(BERT_BASE, resolved['method'], 'float32')
   key = jax.random.key(0)
   params = jax.eval_shape(lambda key: init_params(BERT_BASE, key), key)

@@ -71,6 +71,9 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
   first = jax.process_index() == 0
   lock = files.RunLock(workdir) if first else contextlib.nullcontext()
   with lock, progress.logs(workdir / 'train.log' if first else None) as console:
+    # Another process may have been here between the look at the folder and its lock.
+    if jax.process_count() == 1 and (done := before(config, workdir, resume)) is not None:
+      return done
     if first:
       describe(job, workdir)
     for line in [*announce(job), *(guide.notes if guide else ())]:

@@ -164,7 +164,10 @@ def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
     files.write_json(workdir / 'config.json', config)
     files.write_json(workdir / 'environment.json', environment.describe())
     rows = list(_carry_out(plan, workdir, run))
-    content = alone(bundle.load(workdir / 'stages' / rows[-1]['stage']))
+    stages = [workdir / 'stages' / row['stage'] for row in rows]
+    if trained := [folder for folder in stages if (folder / assemble.DATA).exists()]:
+      files.write_json(workdir / assemble.DATA, files.read_json(trained[0] / assemble.DATA))
+    content = alone(bundle.load(stages[-1]))
     bundle.save(workdir / 'bundle', content)
     results = {
       'task': config['task']['name'],

@@ -89,6 +89,7 @@ class Wandb:
     self.run = wandb.init(
       project='efft', name=self.folder.resolve().name, id=name_file.read_text(), resume='allow',
       dir=str(self.folder), config=dict(self.config),
+      reinit='create_new',  # beside those of other members of a population
     )  # fmt: skip
 
   def write(self, records: Sequence[Mapping]) -> None:

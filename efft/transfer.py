@@ -94,7 +94,8 @@ def inherit(
   A leaf takes the place of the one of the same name at the same site, whatever the delta is called.
   Of several runs it is the weighted mean (AdapterSoup, Chronopoulou et al. 2023,
   https://arxiv.org/abs/2302.07027), or the stack where the method mixes them itself along a first
-  axis of that size (fusion, attempt). Leaves that no run has keep their own start.
+  axis of that size (fusion, attempt). Leaves that no run has keep their own start. What a method
+  multiplies its product by has to be the same; other options that differ are said.
 
   Args:
     values: {'params', 'delta'} at the start of this run.
@@ -108,7 +109,8 @@ def inherit(
     pooling: of this run, which a head that is kept must share.
 
   Raises:
-    InputError: another base, something trained that has no place here, a shape that does not fit.
+    InputError: another base, something trained that has no place here, a shape or a scale that does
+      not fit, a part of what a method takes out of the weights.
   """
   where = 'config.model.init_from'
   if weights is None:
@@ -136,6 +138,7 @@ def inherit(
           f'use its method ({", ".join(content.method) or "rules only"}) and rules',
         )  # fmt: skip
       taken[target] = x
+    _check_options(run, content.method, method, leaves, taken)
     for target, x in taken.items():
       given.setdefault(target, []).append(x)
     if number == 0 and head is not None:
@@ -143,6 +146,7 @@ def inherit(
         fix = f'pass --config.model.pooling={content.pooling}'
         raise InputError(where, f'a head over {content.pooling} pooling in {run}', pooling, fix)
       flat |= _head(content, leaves, head, run)
+  _check_whole(given, flat, method)
   for path, arrays in given.items():
     flat[path] = _joined(path, arrays, flat[path], weights, len(runs))
   log.info('start: %d leaves of %s', len(given), ', '.join(map(str, runs)))
@@ -151,8 +155,62 @@ def inherit(
 
 def _place(path: str, method: Mapping) -> str:
   """'delta/layer_0/mlp_out_pfeiffer/down' -> 'delta/layer_0/mlp_out/down'."""
+  return _owned(method).sub('', path) if method else path
+
+
+def _owner(path: str, method: Mapping) -> str | None:
+  """'delta/layer_0/mlp_out_pfeiffer/down' -> 'pfeiffer'."""
+  found = _owned(method).search(path) if method and path.startswith('delta/') else None
+  return found and found[1]
+
+
+def _owned(method: Mapping) -> re.Pattern:
   names = '|'.join(sorted(map(re.escape, method), key=len, reverse=True))
-  return re.sub(f'_({names})(?=/[^/]*$)', '', path) if names else path
+  return re.compile(f'_({names})(?=/[^/]*$)')
+
+
+# Options that change nothing of what given numbers compute, and what begins so (init, init_std).
+_HARMLESS = ('fn', 'at', 'dropout', 'rank')
+
+
+def _check_options(run, theirs: Mapping, ours: Mapping, leaves: Mapping, taken: Mapping) -> None:
+  """Refuses leaves that are multiplied by another number here; says which other options differ."""
+  places = {_place(path, theirs): _owner(path, theirs) for path in leaves}
+  pairs = {(places.get(_place(path, ours)), _owner(path, ours)) for path in taken}
+  for their, our in sorted(pair for pair in pairs if all(pair)):
+    one, other = theirs[their], ours[our]
+    shared = [name for name in one.keys() & other.keys() if name not in _HARMLESS]
+    differ = sorted(n for n in shared if one[n] != other[n] and not n.startswith('init'))
+    told = ', '.join(f'{name}={one[name]!r}' for name in differ)
+    here = ', '.join(f'{name}={other[name]!r}' for name in differ)
+    scales = [getattr(peft.build({'it': spec})['it'], 'scale', None) for spec in (one, other)]
+    # Of another rank it does not fit anyway, which is said later.
+    if all(scales) and (rank := one['rank']) == other['rank']:
+      same = scales[0](rank) == scales[1](rank) and 'alpha_pattern' not in differ
+    else:
+      same = True
+    if not same:
+      raise InputError(
+        'config.model.init_from', f'{their} of {run} with {told}', f'{here} as here, or the start '
+        'is not where that run ended', 'take the options of that run',
+      )  # fmt: skip
+    if differ:
+      log.warning('start: %s of %s has %s; here %s', their, run, told, here)
+
+
+def _check_whole(given: Mapping, flat: Mapping, method: Mapping) -> None:
+  """Refuses a part of the leaves of a delta that has taken its start out of the weights."""
+  for name, spec in method.items():
+    if not peft.has(peft.build({name: spec}), 'rebase'):
+      continue
+    own = [path for path in flat if _owner(path, method) == name]
+    if missing := [path for path in own if path not in given]:
+      if len(missing) < len(own):
+        raise InputError(
+          'config.model.init_from', f'runs without {missing[0]}',
+          f'all of {name}, which has taken its start out of the weights',
+          'use runs of the same method',
+        )  # fmt: skip
 
 
 def _joined(path, arrays, start, weights, runs: int):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from efft import assemble, config, starting, tree
+from efft import assemble, config, finetune, starting, tree
 from efft.errors import InputError
 from efft.models import hub
 
@@ -44,6 +44,22 @@ def test_a_head_for_numbers_starts_at_their_mean(stars):
   assert abs(float(flat['params/head/out/bias'][0]) - least) < 1e-3
   others = [x for path, x in flat.items() if path.startswith('params/head/') and 'bias' in path]
   assert sum(np.count_nonzero(x) for x in others) == 1
+
+
+def test_steps_before_the_run_have_its_average_too(stars, tmp_path):
+  given = config.load(f'configs/lt_sft.py:task={stars},kind=regression,model={BERT}')
+  given.model.max_length, given.optim.ema, given.mesh.devices = 8, 0.9, 1
+  given.train.steps, given.train.batch_size = 4, 4
+  assert finetune.train(given, tmp_path / 'run')['steps'] == 4
+
+
+@pytest.mark.parametrize('name', ['sparse_adapter', 'adalora', 'movement'])
+def test_no_average_keeps_what_is_taken_away(name, tmp_path):
+  given = config.load(f'configs/{name}.py:task=x.csv,model={BERT}')
+  assemble.check_end(config.resolve(given))
+  given.optim.ema = 0.99
+  with pytest.raises(InputError, match='optim.ema.*takes numbers away'):
+    assemble.prepare(given)
 
 
 def test_a_kept_head_has_its_classes_in_the_order_of_the_task(tmp_path):

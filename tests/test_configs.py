@@ -1,13 +1,17 @@
 """Every config that comes with efft resolves, and builds the model it speaks of."""
 
 import ast
+import dataclasses
+import functools
 import importlib
 from pathlib import Path
 
+import jax
 import pytest
 
-from efft import config, functions
-from efft.peft import transform
+from efft import assemble, catalogue, config, functions
+from efft.models.encoder import init_params
+from efft.peft import base, transform
 
 FILES = sorted((Path(config.__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -29,6 +33,23 @@ CLOSING = {
   'gates.cofi', 'lora.adalora', 'diff.diff',
 }  # fmt: skip
 SCHEDULES = {'movement.schedule', 'budget.adalora', 'diff.fixed'}
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
+def test_its_command_fits_the_model_that_it_names(file):
+  """What the docstring says to run is run with the default encoder: six layers of 384."""
+  resolved = config.resolve(config.load(f'{file}:task=sst2'))
+  assert resolved['model']['name'] == 'all-MiniLM-L6-v2'
+  cfg = dataclasses.replace(
+    catalogue.BERT_BASE, hidden=384, embed_dim=384, heads=(12,) * 6, head_dim=32, mlp=(1536,) * 6,
+  )  # fmt: skip
+  key = jax.random.key(0)
+  params = jax.eval_shape(lambda key: init_params(cfg, key), key)
+  methods = [resolved['method'], *(s.get('method', {}) for s in resolved['stages'].values())]
+  for method in filter(None, methods):
+    net = assemble.network(cfg, method, 'float32')
+    init = functools.partial(base.init, net.model, net.deltas)
+    assert jax.tree.leaves(jax.eval_shape(init, params, key))
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)

@@ -1,14 +1,17 @@
 """Members of a population against the same runs one by one."""
 
 import csv
+import dataclasses
+import importlib
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from efft import bundle, config, files, finetune, population, run
+from efft import bundle, config, files, finetune, population, run, trackers
 from efft.errors import InputError
+from efft.population import members
 
 BERT = Path(__file__).parent / 'fixtures' / 'bert'
 STEPS = 50
@@ -191,9 +194,60 @@ def test_a_smaller_rank_of_some_sites_alone_is_refused(data, tmp_path):
     population.train(own, [tmp_path / 'a', tmp_path / 'b'])
 
 
-def test_ranks_of_a_method_that_cannot_be_filled_up_are_refused(data, tmp_path):
+@pytest.mark.parametrize('name', ['dora', 'dylora'])
+def test_ranks_of_a_method_that_cannot_be_filled_up_are_refused(name, data, tmp_path):
   own = [lora(data), lora(data)]
   for rank, given in enumerate(own, 2):
-    given.method = {'dora': {'fn': 'lora.dora', 'rank': rank}}
-  with pytest.raises(InputError, match='method.dora.*ranks 2, 3'):
+    given.method = {name: {'fn': f'lora.{name}', 'rank': rank}}
+  with pytest.raises(InputError, match=f'method.{name}.*ranks 2, 3'):
     population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+
+
+def test_pieces_of_several_sizes_are_refused(data, tmp_path):
+  own = [lora(data, train__accumulate=3, seed=seed) for seed in range(2)]
+  with pytest.raises(InputError, match='accumulate=3 of batches of 8'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+
+
+def test_each_member_tells_its_own_trackers(data, tmp_path, monkeypatch):
+  told = []
+
+  class Writer:
+    def __init__(self, folder, config):
+      self.name = Path(folder).parent.name
+
+    def resume(self, step):
+      told.append((self.name, 'resume', step))
+
+    def write(self, records):
+      told.extend((self.name, r['event'], r['step']) for r in records)
+
+    def close(self):
+      told.append((self.name, 'close', None))
+
+  monkeypatch.setattr(trackers, 'TensorBoard', Writer)
+  own = [
+    lora(data, seed=s, train__steps=2, train__eval_steps=2, trackers=('tensorboard',))
+    for s in range(2)
+  ]
+  population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+  events = [('resume', 0), ('train', 1), ('train', 2), ('eval', 2), ('close', None)]
+  for name in 'ab':
+    assert [event for who, *event in told if who == name] == [list(event) for event in events]
+    records = files.read_jsonl(tmp_path / name / 'metrics.jsonl')
+    assert [(r['event'], r['step']) for r in records] == events[1:-1]
+
+
+def test_scores_of_several_metrics_are_not_ranked(data, tmp_path, monkeypatch):
+  module = importlib.import_module('efft.population.train')
+
+  def gather(*args):
+    first, other = members.gather(*args)
+    task = dataclasses.replace(other.job.data, metrics=('matthews',))
+    other.job = dataclasses.replace(other.job, data=task)
+    return [first, other]
+
+  monkeypatch.setattr(module, 'gather', gather)
+  own = [lora(data), lora(data, seed=1)]
+  with pytest.raises(InputError, match='tasks of accuracy, matthews'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'], rungs={10: 1})

@@ -136,6 +136,36 @@ def test_a_model_that_has_moved_everywhere_stands_alone(tmp_path):
   assert all(isinstance(x, np.ndarray) for x in content.leaves.values())
 
 
+@pytest.mark.parametrize('change', [{'alpha': 64.0}, {'use_rslora': True}])
+def test_another_scale_is_refused(change, tmp_path):
+  """The same numbers times another one are not where the run ended."""
+  here, method = world('lora')
+  run = save(tmp_path / 'run', here, method, trained(here, 0))
+  other, spec = world('lora', **change)
+  with pytest.raises(InputError, match='is not where that run ended'):
+    inherit(other, spec, [run])
+
+
+def test_other_options_that_differ_are_said(tmp_path, caplog):
+  here, method = world('pfeiffer')
+  run = save(tmp_path / 'run', here, method, trained(here, 0))
+  other, spec = world('pfeiffer', activation='gelu')
+  with caplog.at_level('WARNING'):
+    inherit(other, spec, [run])
+  assert "activation='relu'; here activation='gelu'" in caplog.text
+  caplog.clear()
+  inherit(here, method, [run])
+  assert not caplog.text
+
+
+def test_lora_is_no_start_for_what_takes_its_start_out_of_the_weights(tmp_path):
+  here, method = world('lora')
+  run = save(tmp_path / 'run', here, method, trained(here, 0))
+  other, spec = world('pissa', rank=8, alpha=16.0)
+  with pytest.raises(InputError, match='taken its start out of the weights'):
+    inherit(other, spec, [run])
+
+
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path):
   here, method = world('lora')
   run = save(tmp_path / 'run', here, method, trained(here, 0))

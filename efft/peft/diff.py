@@ -176,7 +176,7 @@ def fixed(
 
     return optax.GradientTransformation(init, update)
 
-  return Transform(wrap=wrap, scheduled=True)
+  return Transform(wrap=wrap, share=density, scheduled=True)
 
 
 def stretched(alpha, draw, low: float, high: float):

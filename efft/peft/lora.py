@@ -240,7 +240,8 @@ def dylora(
     r = (eval_rank or rank) if key is None else jax.random.randint(key, (), 1, rank + 1)
     return {**p, 'b': jnp.where(jnp.arange(rank)[:, None] < r, p['b'] * (rank / r), 0.0)}
 
-  return low._replace(expand=expand)
+  # Filled up, its draws would be of more ranks.
+  return low._replace(expand=expand, scale=None)
 
 
 def _patterns(name: str, given, kinds) -> list[tuple[re.Pattern, float]]:

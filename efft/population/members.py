@@ -30,6 +30,7 @@ class Member:
     memo: what it remembers of its evaluations.
     state: what trains, between the times that it has a place on the device.
     best: (weights to hand on, the step that they are of).
+    sinks: where its records go.
     ended: ('', step) of its end, ('diverged', step), ('stopped', step) by a rung; None before.
   """
 
@@ -40,6 +41,7 @@ class Member:
   memo: loop.Memo = dataclasses.field(default_factory=loop.Memo)
   state: Any = None
   best: Any = None
+  sinks: list = dataclasses.field(default_factory=list)
   ended: tuple[str, int] | None = None
 
   @property
@@ -80,6 +82,12 @@ def gather(resolved: Sequence[dict], workdirs: Sequence[Path]) -> list[Member]:
     found = f'heads of {", ".join(map(str, heads))} outputs'
     expected = 'one size, but for classes without label smoothing and consistency'
     raise InputError(_WHERE, found, expected, _FIX)
+  rows, pieces = options['batch_size'], options['accumulate']
+  if rows % pieces:
+    found = f'train.accumulate={pieces} of batches of {rows}'
+    raise InputError(
+      _WHERE, found, 'pieces of one size', 'set train.accumulate, or train one by one'
+    )
   _differences(members)
   return members
 

@@ -70,6 +70,12 @@ def train(
   left = [i for i, results in enumerate(done) if results is None]
   if left:
     found = gather([resolved[i] for i in left], [workdirs[i] for i in left])
+    metrics = {m.job.data.metrics[0] for m in found}
+    if rungs and len(metrics) > 1:
+      expected = 'one metric, or scores cannot be ranked'
+      raise InputError(
+        'rungs', f'tasks of {", ".join(sorted(metrics))}', expected, 'leave them out'
+      )
     for i, results in zip(left, _Population(found, places).run(dict(rungs or {})), strict=True):
       done[i] = results
   return done
@@ -203,6 +209,10 @@ class _Population:
         stack.enter_context(files.RunLock(m.workdir))
         finetune.describe(m.job, m.workdir)
         (m.workdir / 'metrics.jsonl').unlink(missing_ok=True)
+        m.sinks = trackers.make(m.workdir, m.config['trackers'], m.config)
+        for sink in m.sinks:
+          stack.callback(sink.close)
+          sink.resume(0)
       shown = progress.Progress(stack.enter_context(progress.logs()))
       for line in finetune.announce(self.model):
         log.info(line)
@@ -305,7 +315,8 @@ class _Population:
           if not loop.finite(own):
             m.ended = 'diverged', count
             log.warning('%s: loss %s at step %d: it ends', m.workdir, own['loss'], count)
-      files.append_jsonl(m.workdir / 'metrics.jsonl', *rows)
+      for sink in m.sinks:
+        sink.write(rows)
     pending.clear()
     found = [values[-1]['loss'][i] for i, m in enumerate(wave) if m.ended is None]
     return float(np.mean(found)) if found else float('nan')
@@ -320,10 +331,9 @@ class _Population:
     return scoring.score(names, losses.build(self.kind), part.labels, found, self.kind)
 
   def _evaluate(self, m: Member, weights, count: int) -> None:
-    sinks = trackers.make(m.workdir, m.config['trackers'], m.config)
     loop.judge(
       lambda _: self._score(m, weights, 'validation'),
-      None, count, m.memo, m.job.data.metrics[0], True, sinks,
+      None, count, m.memo, m.job.data.metrics[0], True, m.sinks,
     )  # fmt: skip
     if self.options['save'] == 'last' or m.memo.best_step in (None, count):
       m.best = jax.device_get(weights), count

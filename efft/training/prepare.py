@@ -119,7 +119,8 @@ def _train(config, groups, trainable, frozen, make_step, batches, put, count, se
     for group, fields in config['groups'].items()
   }
   optimizer = optim.optimizer({**config, 'groups': plain}, groups, count)
-  state, take = step.init_state(trainable, optimizer, seed=seed), make_step(optimizer)
+  state = step.init_state(trainable, optimizer, seed=seed, ema=config['ema'])
+  take = make_step(optimizer)
   for index in range(count):
     state, _ = take(state, frozen, put(batches.batch(index)))
   ends = {path: mesh.gather(x) for path, x in tree.flatten(state.trainable).items()}

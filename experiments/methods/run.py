@@ -78,10 +78,8 @@ APART = 0.2  # the best and the worst seed further apart than this: the rate may
 MOST = 27.0  # the search goes no further than this from a config's own rate
 # Not a way to train less: other studies have them.
 ASIDE = ('pruning', 'quantisation')
-# What a config says for BERT-base and six layers of 384 dimensions do not have.
+# What a config says for BERT-base and six layers do not have.
 OPTIONS = {
-  's4': {'method.s4.layers': 6},
-  'vblora': {'method.vblora.vector_length': 128},
   'adapterdrop': {'method.pfeiffer.at': r'layer_[2-5]/mlp_out'},
 }
 # The config that searches for each family (`efft.catalogue`); others take the rate of 'low rank'.
