@@ -32,6 +32,9 @@ EVIL = '</script><script>document.title = "owned"</script><b>"bold"</b>'
 def content(tmp_path_factory):
   made = make.study(seeds=range(4), fractions=(0.2, 1.0))
   made += [make.record(EVIL, seed, 0.51) for seed in range(4)]
+  for record in made:
+    if record['task'] == 'mrpc':
+      record['latency'] = [row for row in record['latency'] if row['batch'] == 1]
   made.append(make.failure('lora', 9, error=EVIL))
   return records.read(make.write(tmp_path_factory.mktemp('runs'), made))
 
@@ -176,6 +179,16 @@ def test_the_chart_shows_the_cost_and_task_that_are_chosen(page, content):
   points = page.find_elements(By.CSS_SELECTOR, '#chart .mark-symbol.role-mark path')
   assert len(points) == len(make.ARMS) + 1
   keep(page, 'names')
+
+
+def test_what_a_task_was_not_measured_in_is_said(page):
+  Select(page.find_element(By.ID, 'task')).select_by_value('mrpc')
+  Select(page.find_element(By.ID, 'axis')).select_by_value('latency_8x128')
+  chart = page.find_element(By.ID, 'chart')
+  WebDriverWait(page, 30).until(lambda b: 'no arm was measured' in chart.text)
+  Select(page.find_element(By.ID, 'task')).select_by_value('sst2')
+  drawn(page)
+  assert 'no arm was measured' not in chart.text
 
 
 def test_text_of_records_is_text(page):

@@ -83,6 +83,10 @@
   function draw() {
     const chosen = data.axes.find((each) => each.name === axis.value);
     const some = data.points.filter((p) => p.task === task.value && p.axis === axis.value);
+    if (!some.length) {
+      document.getElementById('chart').textContent = 'Of this task no arm was measured in that.';
+      return;
+    }
     // A name that found no room is shown all the same when every name is asked for.
     const values = names.checked ? some.map((p) => (p.dx ? p : { ...p, dx: 7, dy: -9 })) : some;
     const layers = filled(data.layers, chosen, data.metrics[task.value]);
