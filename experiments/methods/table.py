@@ -30,7 +30,7 @@ A half of cola has 521 sentences, where a correlation near 0 has a standard erro
 all seeds share: scores below 9 or so are not told from 0, nor neighbours from each other.
 Examples a second, the memory that a compiled step asks for and the largest resident set of the
 process are of steps of 16 pairs on one core, each config alone. Where there is a `-`, nothing has
-been run yet, nor have the searches on cola of configs that end no better than the head.
+been run yet, nor have the searches on cola of some that are below the head there on both halves.
 Made by `run.py`, `cost.py` and `table.py`.
 """
 
