@@ -1,7 +1,7 @@
 """From a config, its data and its checkpoint to the functions and arrays that a run uses."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +106,30 @@ def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
       str(run), f'the labels {", ".join(data.labels)} in the data', ', '.join(labels),
       'restore the data that the run was trained on',
     )  # fmt: skip
-  check_data(Path(run), data, ('train',))
+  if known := _known_data(Path(run)):
+    _check_data(run, known, {'train': digest({'train': data.splits['train']})})
   return data
 
 
 def keep_data(run: Path, data: sources.Dataset) -> None:
   """Writes down what a run is trained on; InputError where it was begun on something else."""
-  check_data(run, data, ('train', 'validation'))
-  files.write_json(run / DATA, {name: digest({name: x}) for name, x in data.splits.items()})
+  now = {name: digest({name: split}) for name, split in data.splits.items()}
+  # A test split may come later: nothing hangs on it.
+  _check_data(run, _known_data(run), {name: now[name] for name in ('train', 'validation')})
+  files.write_json(run / DATA, now)
 
 
-def check_data(run: Path, data: sources.Dataset, names: Iterable[str]) -> None:
+def _known_data(run: Path) -> dict[str, str]:
+  return files.read_json(run / DATA) if (run / DATA).exists() else {}
+
+
+def _check_data(run, known: Mapping[str, str], now: Mapping[str, str]) -> None:
   """Raises InputError where splits are not what they were when the run began."""
-  file = run / DATA
-  known = files.read_json(file) if file.exists() else {}
-  for name in names:
-    if name in known and (now := digest({name: data.splits[name]})) != known[name]:
+  for name, found in now.items():
+    if found != known.get(name, found):
       raise InputError(
-        f'{run}, {name} data', f'sha256 {now[:12]}', f'{known[name][:12]}, as when the run began',
+        f'{run}, {name} data', f'sha256 {found[:12]}',
+        f'{known[name][:12]}, as when the run began',
         'restore the data; or train on what there is now, into another --workdir',
       )  # fmt: skip
 

@@ -214,8 +214,9 @@ def import_adapter(
     given.model.name = str(base)
     config = configs.resolve(given)
     data = sources.load(**config['task'], seed=config['seed'])
-  names, kind = _labels(adapter, checkpoint, data, labels)
-  if own := _named(adapter, labels):
+  own = _named(adapter, labels)
+  names, kind = _labels(own, adapter, checkpoint, data)
+  if own and names:
     adapter = adapter._replace(leaves=_ordered(adapter.leaves, own, names))
   fields = _of(adapter, checkpoint)
   tokenizer = hub.tokenizer(checkpoint.folder, checkpoint.cfg.vocab_size)
@@ -275,14 +276,13 @@ def find_format(folder: Path) -> str:
   )  # fmt: skip
 
 
-def _labels(adapter: foreign.Adapter, base: hub.Base, data, given):
-  """(class names in the order of the head's outputs, kind)."""
+def _labels(own: tuple[str, ...], adapter: foreign.Adapter, base: hub.Base, data):
+  """(class names in the order that the outputs are to have, kind); `own` as `_named` says."""
   count = base.cfg.num_labels
   kind = data.kind if data else adapter.kind or ('regression' if count == 1 else 'single')
   if kind == 'regression' and count == 1:
     return (), kind
-  own = _named(adapter, given)
-  names = (data.labels if data else None) or own or base.labels or ()
+  names = (data.labels if data else None) or own or base.labels or adapter.labels or ()
   if len(names) != count:
     raise InputError(
       '--labels', f'{len(names)} names ({", ".join(names)})' if names else 'no class names',
@@ -297,15 +297,14 @@ def _labels(adapter: foreign.Adapter, base: hub.Base, data, given):
 
 
 def _named(adapter: foreign.Adapter, given) -> tuple[str, ...]:
-  """The classes of an adapter's head in its order; () where nobody has named them."""
-  names = tuple(given or adapter.labels or ())
-  numbered = [(f'LABEL_{i}', str(i)) for i in range(len(names))]
-  unnamed = all(name in numbers for name, numbers in zip(names, numbered, strict=True))
-  return () if unnamed and not given else names
+  """The classes of an adapter's head in its order; () where it has none or numbers for names."""
+  names = tuple(adapter.labels or ())
+  return tuple(given or ()) or (() if names == tuple(map(str, range(len(names)))) else names)
 
 
 def _ordered(leaves: Mapping, own: tuple[str, ...], names: tuple[str, ...]) -> Mapping:
-  if own == names or not names:
+  """The leaves with the head's columns in the order of `names`."""
+  if own == names:
     return leaves
   if beside := [path for path in leaves if path.startswith('delta/head/')]:
     raise InputError(

@@ -33,7 +33,6 @@ from efft.report.recommend import recommend
 from efft.sweep import sweep
 
 log = logging.getLogger(__name__)
-PLACES = ('text', 'pair')
 
 __all__ = [
   'bench', 'combine', 'compress', 'evaluate', 'export', 'fetch', 'import_adapter', 'inspect',
@@ -188,4 +187,6 @@ def _texts(input, columns, text_column) -> Split:
   """The texts of a file: from the column asked for, the run's own, or what the header suggests."""
   if text_column:
     return sources.read_texts(input, text_column, columns.get('pair'))
-  return sources.read_texts(input, usual=[columns[name] for name in PLACES if name in columns])
+  return sources.read_texts(
+    input, usual=[columns[name] for name in ('text', 'pair') if name in columns]
+  )

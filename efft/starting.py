@@ -101,12 +101,9 @@ def _in_order(base: hub.Base, labels: Sequence[str]) -> hub.Base:
       ', '.join(labels),
     )  # fmt: skip
     return base
-  order = [have.index(name) for name in want]
-  head = base.params['head']
-  out = {name: x[..., order] for name, x in head['out'].items()}
-  params = {**base.params, 'head': {**head, 'out': out}}
+  leaves = transfer.reordered(tree.flatten({'params': base.params}), have, want)
   log.info('%s: the classes of its head in the order %s', base.name, ', '.join(labels))
-  return dataclasses.replace(base, params=params, labels=tuple(own[i] for i in order))
+  return dataclasses.replace(base, params=tree.unflatten(leaves)['params'], labels=tuple(labels))
 
 
 def taken_over(found: Start, deltas: peft.Deltas, method: Mapping, made: Mapping) -> Mapping:

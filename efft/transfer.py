@@ -183,13 +183,7 @@ def _check_options(run, theirs: Mapping, ours: Mapping, leaves: Mapping, taken: 
     differ = sorted(n for n in shared if one[n] != other[n] and not n.startswith('init'))
     told = ', '.join(f'{name}={one[name]!r}' for name in differ)
     here = ', '.join(f'{name}={other[name]!r}' for name in differ)
-    scales = [getattr(peft.build({'it': spec})['it'], 'scale', None) for spec in (one, other)]
-    # Of another rank it does not fit anyway, which is said later.
-    if all(scales) and (rank := one['rank']) == other['rank']:
-      same = scales[0](rank) == scales[1](rank) and 'alpha_pattern' not in differ
-    else:
-      same = True
-    if not same:
+    if not _same_scale(one, other):
       raise InputError(
         'config.model.init_from', f'{their} of {run} with {told}', f'{here} as here, or the start '
         'is not where that run ended', 'take the options of that run',
@@ -198,19 +192,28 @@ def _check_options(run, theirs: Mapping, ours: Mapping, leaves: Mapping, taken: 
       log.warning('start: %s of %s has %s; here %s', their, run, told, here)
 
 
+def _same_scale(one: Mapping, other: Mapping) -> bool:
+  """Whether two specs multiply the same factors by one number, as far as they have such a one."""
+  scales = [getattr(peft.build({'it': spec})['it'], 'scale', None) for spec in (one, other)]
+  if not all(scales) or one['rank'] != other['rank']:
+    return True  # of another rank they do not fit anyway, which is said later
+  patterns = [spec.get('alpha_pattern') for spec in (one, other)]
+  return scales[0](one['rank']) == scales[1](one['rank']) and patterns[0] == patterns[1]
+
+
 def _check_whole(given: Mapping, flat: Mapping, method: Mapping) -> None:
   """Refuses a part of the leaves of a delta that has taken its start out of the weights."""
   for name, spec in method.items():
     if not peft.has(peft.build({name: spec}), 'rebase'):
       continue
     own = [path for path in flat if _owner(path, method) == name]
-    if missing := [path for path in own if path not in given]:
-      if len(missing) < len(own):
-        raise InputError(
-          'config.model.init_from', f'runs without {missing[0]}',
-          f'all of {name}, which has taken its start out of the weights',
-          'use runs of the same method',
-        )  # fmt: skip
+    missing = [path for path in own if path not in given]
+    if 0 < len(missing) < len(own):
+      raise InputError(
+        'config.model.init_from', f'runs without {missing[0]}',
+        f'all of {name}, which has taken its start out of the weights',
+        'use runs of the same method',
+      )  # fmt: skip
 
 
 def _joined(path, arrays, start, weights, runs: int):

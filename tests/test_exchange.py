@@ -199,6 +199,13 @@ def test_the_classes_of_a_head_keep_their_names_beside_a_task(base, reviews, tmp
   done = exchange.import_adapter(source, str(base), tmp_path / 'other', task=task, labels=own)
   told = next(run.predict(tmp_path / 'other', ['a movie']))
   assert told['scores'] == pytest.approx(alone['scores'], abs=1e-6)
+  # Numbers are no names: alone they are kept, beside a task they are taken to be in its order.
+  about['label2id'] = {str(i): i for i in range(3)}
+  (source / 'head_config.json').write_text(json.dumps(about))
+  done = exchange.import_adapter(source, str(base), tmp_path / 'numbered')
+  assert done['labels'] == ['0', '1', '2']
+  done = exchange.import_adapter(source, str(base), tmp_path / 'in order', task=task)
+  assert done['labels'] == list(LABELS)
 
 
 def test_an_adapter_of_a_quantised_base_is_compared_beside_the_float_one(tmp_path):

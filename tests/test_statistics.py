@@ -53,13 +53,16 @@ def test_a_degenerate_bootstrap_falls_back_to_percentiles():
   assert found.method == 'percentile' and found.low == found.high == pytest.approx(0.2)
 
 
+def covered(seed: int, n: int, draws: int) -> int:
+  """How often the interval of n normal values holds their mean."""
+  draw = np.random.default_rng(seed)
+  found = (statistics.interval(draw.normal(3.0, 1.0, n)) for _ in range(draws))
+  return sum(each.low <= 3.0 <= each.high for each in found)
+
+
 def test_intervals_cover_the_mean_about_as_often_as_they_say():
-  draw = np.random.default_rng(1)
-  inside = 0
-  for _ in range(150):
-    found = statistics.interval(draw.normal(3.0, 1.0, 12))
-    inside += found.low <= 3.0 <= found.high
-  assert 0.85 * 150 < inside < 0.99 * 150  # narrower than 95 % with 12 values, as is known
+  # Narrower than 95 % with 12 values, as is known.
+  assert 0.85 * 150 < covered(1, 12, 150) < 0.99 * 150
 
 
 @pytest.mark.parametrize('n', [3, 5, 9])
@@ -75,12 +78,7 @@ def test_intervals_of_few_values_hold_student_s(n):
 
 
 def test_intervals_of_three_values_cover_the_mean():
-  draw = np.random.default_rng(2)
-  inside = 0
-  for _ in range(100):
-    found = statistics.interval(draw.normal(3.0, 1.0, 3))
-    inside += found.low <= 3.0 <= found.high
-  assert inside > 88  # of a bootstrap alone it is 77
+  assert covered(2, 3, 100) > 88  # of a bootstrap alone it is 77
 
 
 def test_a_stratified_interval_is_welchs_and_students():

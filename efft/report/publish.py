@@ -91,7 +91,6 @@ def contents(
   """What a report of `found` says, as `report` takes its arguments."""
   settings = selection.settings(found, split)
   rows, notes = selection.choose(settings)
-  notes = [*settings.notes, *notes]
   base = selection.baseline(rows, baseline)
   compared = statistics.against_baseline(rows, base)
   whole = selection.largest(rows)

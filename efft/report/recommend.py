@@ -95,7 +95,7 @@ def recommend(
     if fits
     else [],
     'prices': _prices(candidates, limits, choice) if fits else [],
-    'notes': [*settings.notes, *notes, *constraints.unmeasured(rows, limits)],
+    'notes': [*notes, *constraints.unmeasured(rows, limits)],
   }
   record, folder = _representative(choice, found)
   result['commands'] = _commands(choice, record, folder, output)
@@ -144,7 +144,7 @@ def _pick(
   rows = settings.rows
   good = rows.apply(lambda row: all(excess(row, limit) == 0 for limit in limits), axis=1)
   if not good.any():
-    return None, []
+    return None, settings.notes
   chosen, notes = selection.choose(settings._replace(rows=rows[good]), intervals=False)
   trained = costs.by_name('trained').column
   key = chosen['sign'] * chosen['validation'].fillna(chosen['mean'])

@@ -98,9 +98,9 @@ def choose(found: Settings, intervals: bool = True) -> tuple[pd.DataFrame, list[
 
   Returns:
     The rows of `found` that were chosen, with `settings` (how many there were), low, high and
-    interval (the 95 % interval of `mean` and its method); and notes.
+    interval (the 95 % interval of `mean` and its method); and notes, those of `found` first.
   """
-  rows, notes = [], []
+  rows, notes = [], list(found.notes)
   for (task, _, arm), group in found.rows.groupby(GROUP, sort=True):
     scored = group['scoreless'] == 0
     candidates = group[scored] if scored.any() else group

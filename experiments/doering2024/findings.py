@@ -120,8 +120,7 @@ def judged(rows: pd.DataFrame) -> list[claims.Claim]:
 def main(argv):
   del argv
   found = records.read(HERE)
-  settings = selection.settings(found)
-  rows, notes = selection.choose(settings, intervals=False)
+  rows, notes = selection.choose(selection.settings(found), intervals=False)
   rows = rows.set_index(['task', 'fraction', 'arm']).sort_index()
   parts = [INTRODUCTION, '## By data\n']
   parts += [table(rows, t, {f'{s:.0%}': by_data(t, s) for s in b.shares}) for t, b in TASKS.items()]
@@ -133,7 +132,6 @@ def main(argv):
     "tasks (Welch's t over seeds; of standard deviations Student's over tasks), and in how many "
     f'tasks the mean has the sign of the whole. To keep up is to be within {MARGIN:g} points.'
   )
-  notes = [*settings.notes, *notes]
   text = claims.page(parts, judged(rows), about, notes, len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 

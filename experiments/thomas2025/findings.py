@@ -130,8 +130,7 @@ def recommendations(table: pd.DataFrame) -> str:
 def main(argv):
   del argv
   found = records.read(HERE)
-  settings = selection.settings(found)
-  rows, notes = selection.choose(settings, intervals=False)
+  rows, notes = selection.choose(selection.settings(found), intervals=False)
   own = found.table.reset_index(drop=True)
   own['score'] = [
     row[f'metrics.report.{row["metric"]}'] for _, row in own.iterrows()
@@ -143,7 +142,7 @@ def main(argv):
     "interval of their mean for these tasks (Welch's t over seeds), and in how many tasks the mean "
     'has the sign of the whole.'
   )
-  text = claims.page(parts, judged(own), about, [*settings.notes, *notes], len(found.failed))
+  text = claims.page(parts, judged(own), about, notes, len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 
 

@@ -109,8 +109,7 @@ def judged(rows: pd.DataFrame) -> list[claims.Claim]:
 def main(argv):
   del argv
   found = records.read(HERE)
-  settings = selection.settings(found)
-  rows, notes = selection.choose(settings, intervals=False)
+  rows, notes = selection.choose(selection.settings(found), intervals=False)
   rows = rows.assign(**{
     column: [
       found.table.loc[list(each.values()), column].median() for each in rows['records']
@@ -124,7 +123,6 @@ def main(argv):
     'sign of the whole. A claim whose interval holds 0 cannot be told.'
   )
   parts = [INTRODUCTION, table(rows)]
-  notes = [*settings.notes, *notes]
   text = claims.page(parts, judged(rows), about, notes, len(found.failed))
   files.atomic_write(HERE / 'README.md', text)
 
