@@ -49,16 +49,21 @@ def record(run: sweep.Run, score: float, costs: dict) -> dict:
 
 
 def page(tmp_path, name, records) -> str:
-  """README.md of a study with these records; made twice, to see that it is the same."""
+  """README.md of a study with these records."""
   folder = tmp_path / name
   folder.mkdir()
   for file in ('study.py', 'findings.py'):
     shutil.copy(ROOT / name / file, folder)
+  return made(folder, 'findings.py', records)
+
+
+def made(folder: Path, script: str, records: list[dict]) -> str:
+  """README.md as the script in the folder writes it of these records, twice the same."""
   (folder / 'records.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
   pages = []
   for _ in range(2):
     environment = os.environ | {'PYTHONPATH': str(ROOT.parent)}
-    command = [sys.executable, str(folder / 'findings.py')]
+    command = [sys.executable, str(folder / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages.append((folder / 'README.md').read_bytes())
@@ -144,3 +149,52 @@ def test_thomas2025(tmp_path):
   (line,) = re.findall(r'^\| sst2 \| `--max_latency_ms=64.0[^|]*` \| (.*) \|$', text, re.M)
   assert line.startswith('layers | 84.1 (')
   assert '| full | 1,000,000 | 20 | 50 | 5 | 4.00 | 128.0 | 20.0 | 80.0 |' in text
+
+
+def test_lora_int8(tmp_path):
+  module = study_module('lora_int8')
+  scores = {'float': 0.8, 'int8': 0.801, 'int8, gradients rounded at random': 0.79}
+
+  def made(run):
+    found = record(run, scores[run.arm] + 0.0001 * run.overrides['seed'], {})
+    found['metrics']['validation']['accuracy'] = found['metrics']['report']['accuracy'] + 0.02
+    found['metrics']['test']['accuracy'] = 0.5
+    if run.config.endswith('cola'):
+      del found['metrics']['test']
+    return found
+
+  text = page(tmp_path, 'lora_int8', [made(run) for run in module.runs()])
+  for split in ('validation', 'test'):
+    assert verdict(text, f'int8, all tasks, {split}') == 'agrees'
+  random = 'int8, gradients rounded at random'
+  assert verdict(text, f'{random}, r8, validation') == 'disagrees'
+  assert verdict(text, f'{random}, r8, test') == 'agrees'
+  assert 'cola, test' not in text
+  assert '| cola | int8 | 81.11 ± 0.01 | - | 10.0 | 50.0 | 80.0 | 3 |' in text
+
+
+def test_quantization(tmp_path):
+  scores = {'base': 0.9, 'w8a8 simulated': 0.8, 'peg simulated': 0.9, 'int4 gptq': 0.85}
+  folder = tmp_path / 'quantization'
+  folder.mkdir()
+  shutil.copy(ROOT / 'quantization' / 'table.py', folder)
+  records = [
+    {
+      'task': task, 'seed': seed, 'steps': 300, 'variant': name, 'whole_mb': 20.0, 'disk_mb': 30.0,
+      'metrics': {metric: score + 0.001 * seed}, 'flips': 0.1 if task == 'sst2' else 0.9,
+      'off': 0.05 if name == 'int4 gptq' else None,
+    }
+    for name, score in scores.items()
+    for task, metric in (('sst2', 'accuracy'), ('stsb', 'pearson'))
+    for seed in range(3)
+  ]  # fmt: skip
+  failed = {'task': 'sst2', 'seed': 0, 'steps': 300, 'variant': 'lsq', 'error': 'no room'}
+  text = made(folder, 'table.py', [*records, failed])
+  assert verdict(text, 'Activations of 8 bits') == 'agrees'
+  assert verdict(text, 'Groups of embedding') == 'agrees'
+  assert verdict(text, 'With groups it is level') == 'agrees'
+  assert verdict(text, 'GPTQ') == 'cannot be told'
+  (row,) = re.findall(r'^\| int4 gptq \| [^|]* \| (.*) \|$', text, re.M)
+  cells = ['85.1 ± 0.1', '85.1 ± 0.1', '10.0 ± 0.0', '5.00%', '20.0', '30.0', '6']
+  assert row.split(' | ') == cells
+  assert 'lsq on sst2, seed 0: no room' in text

@@ -69,7 +69,7 @@ def judge(
 
 def markdown(claims: Sequence[Claim]) -> str:
   """A pipe table."""
-  lines = ['| the paper | here | |', '|---|---|---|']
+  lines = ['| claim | here | |', '|---|---|---|']
   lines += ['| ' + ' | '.join(map(cell, claim)) + ' |' for claim in claims]
   return '\n'.join(lines) + '\n'
 
@@ -89,11 +89,17 @@ def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str]) -> list[str]:
 
 
 def page(
-  parts: Sequence[str], judged: Sequence[Claim], about: str, notes: Sequence[str], failed: int
+  parts: Sequence[str],
+  judged: Sequence[Claim],
+  about: str,
+  notes: Sequence[str],
+  failed: int,
+  *,
+  heading: str = 'What the paper says',
 ) -> str:
   """A study's page in Markdown: its parts, what was claimed, notes, and how many runs failed."""
   end = [f'- {note}' for note in notes]
   if failed:
     end.append(f'{failed} runs failed or diverged.')
-  sections = [*parts, '## What the paper says', markdown(judged), about, *end]
+  sections = [*parts, f'## {heading}', markdown(judged), about, *end]
   return '\n\n'.join(section.strip('\n') for section in sections) + '\n'

@@ -8,7 +8,7 @@ run. Nothing is chosen here, so the validation split is what is reported. The va
 go on for a third of the base run's steps, and 'float' says what these steps do without rounding.
 
 What records.jsonl has is not made again: the command may be stopped and started at will, and
-several at once share the work by --shard. `table.py` makes the tables.
+several at once share the work by --shard. `table.py` makes the page.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def make(base: Path, task: str, seed: int, name: str) -> dict:
     return {
       **described(workdir, results),
       'difference': said['difference'],
-      'flips': said['flips'],
+      'flips': said['flips'] / said['examples'],
       'off': off(workdir),
       'seconds': round(time.time() - start, 1),
     }
