@@ -198,3 +198,40 @@ def test_quantization(tmp_path):
   cells = ['85.1 ± 0.1', '85.1 ± 0.1', '10.0 ± 0.0', '5.00%', '20.0', '30.0', '6']
   assert row.split(' | ') == cells
   assert 'lsq on sst2, seed 0: no room' in text
+
+
+def test_pruning(tmp_path):
+  folder = tmp_path / 'pruning'
+  folder.mkdir()
+  shutil.copy(ROOT / 'pruning' / 'table.py', folder)
+  fast, slow = 'layers_top-3+distil', 'units-0.5'
+  score = {  # chain: (validation, test, speed-up)
+    'base': (0.9, 0.8, 1.0), fast: (0.891, 0.796, 2.1), slow: (0.899, 0.9, 1.5),
+    'layers_top-3': (0.88, 0.7, 2.1), 'heads-0.5': (0.87, 0.85, 2.5),
+  }  # fmt: skip
+  records = [
+    {
+      'task': 'r8', 'seed': seed, 'steps': 300, 'chain': chain, 'stage': 's9_tune',
+      'validation': validation, 'test': test + 0.001 * seed, 'speedup_32': speedup,
+      'speedup_1': 0.9 * speedup, 'parameters': 10**7, 'nonzero': 2 * 10**6,
+    }
+    for chain, (validation, test, speedup) in score.items()
+    for seed in range(3)
+  ]  # fmt: skip
+  curve = {'task': 'r8', 'seed': 0, 'steps': 300, 'chain': 'curve', 'structure': 'heads'}
+  records += [
+    {**curve, 'score': 'michel', 'share': share, 'validation': 1 - share} for share in (0.25, 0.5)
+  ]
+  others = {'task': 'r8', 'seed': 0, 'steps': 20, 'chain': 'base', 'test': 0.1}
+  text = made(folder, 'table.py', [*records, others, {**curve, 'error': 'no room'}])
+  # The one that validation chooses among the fast ones, whatever test says of the others.
+  assert f'- r8: `{fast}` (s9_tune), 99.5 ± 0.0 % at 2.10 ± 0.00 times the speed: reached.' in text
+  assert verdict(text, 'layers_top: a teacher') == 'agrees'
+  assert 'units: a teacher' not in text
+  assert (
+    '| r8 | units-0.5 | s9_tune | 1.50 ± 0.00 | 1.35 ± 0.00 | 90.1 ± 0.1 | 112.5 ± 0.0 |' in text
+  )
+  assert '| r8 | heads | michel | 75.0 ± 0.0 (25%), 50.0 ± 0.0 (50%) |' in text
+  assert 'curve on r8, seed 0: no room' in text
+  for name in ('speedup', 'scores'):
+    assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG'

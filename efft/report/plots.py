@@ -110,7 +110,7 @@ def against_cost(some: list[dict], axis: costs.Cost, metrics: dict[str, str]) ->
   title = metrics[tasks[0]] if len({metrics[t] for t in tasks}) == 1 else 'score'
   values = [{**point, 'panel': f'{point["task"]}, {metrics[point["task"]]}'} for point in some]
   layer = layers(axis.label, title, spaced, LIGHT['paper'], marks)
-  return _finished(layer, values, f'{title} against {axis.label}')
+  return faceted(layer, values, f'{title} against {axis.label}')
 
 
 def layers(
@@ -213,7 +213,7 @@ def data_curves(rows: pd.DataFrame) -> dict | None:
       'encoding': {'x': x, 'y': y, 'color': colour},
     },
   ]
-  return _finished(layer, values, 'score against the share of the training data')
+  return faceted(layer, values, 'score against the share of the training data')
 
 
 def config(theme: dict) -> dict:
@@ -253,7 +253,7 @@ def vl_convert():
   return module
 
 
-def _finished(layer: list[dict], values: list[dict], title: str) -> dict:
+def faceted(layer: list[dict], values: list[dict], title: str) -> dict:
   """One chart, or one for each panel, each with its own y."""
   panels = sorted({value['panel'] for value in values})
   spec = {

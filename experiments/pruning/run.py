@@ -9,7 +9,7 @@ nothing trained afterwards. All budgets are fixed beforehand and nothing is chos
 validation and the test split are reported.
 
 What records.jsonl has is not made again: the command may be stopped and started at will, and
-several at once share the work by --shard. `table.py` makes the tables.
+several at once share the work by --shard. `table.py` makes the page and plots.
 """
 
 import dataclasses
@@ -57,6 +57,8 @@ BATCH = 16
 BASE = 'base'
 CURVE = 'curve'
 SHARES = (0.25, 0.5, 0.75)
+# `compress` begins at the first stage that changes shapes or formats, and what trains comes after.
+GO_ON = {'s0_go_on': {'fn': 'prune.merge'}}
 TEACHER = {'teacher': 'unpruned', 'hidden': 0.1}
 
 
@@ -91,13 +93,18 @@ def chains() -> dict[str, dict]:
     for name, penalty in learnt if distil else learnt[1::2]:
       learn = learning(name, penalty)
       learn['distil'] = tune.get('distil', {})
-      stages = {'s1_tune': learn, 's2_dead': {'fn': 'prune.dead'}, 's3_tune': tune}
-      found[f'{name}-{penalty}{tag}'] = stages
+      stages = {'s1_learn': learn, 's2_dead': {'fn': 'prune.dead'}, 's3_tune': tune}
+      found[f'{name}-{penalty}{tag}'] = GO_ON | stages
+    # Single weights, never faster: what is left is its size.
+    for share in (0.15, 0.5) if distil else (0.15,):
+      learn = learning('movement', share) | {'distil': tune.get('distil', {})}
+      stages = {'s1_learn': learn, 's2_zeros': {'fn': 'prune.merge'}}
+      found[f'movement-{share}{tag}'] = GO_ON | stages
   return found
 
 
 def learning(name: str, strength: float) -> dict:
-  """A stage that trains masks: configs/block_movement.py and configs/cofi.py."""
+  """A stage that trains masks, as configs/block_movement.py, cofi.py and movement.py do."""
   own = config.resolve(
     config.load(f'configs/{"block_movement" if name == "block" else name}.py:task=r8')
   )
@@ -147,10 +154,12 @@ def described(folder: Path, base: Path) -> dict:
   """The record of a run folder."""
   content = bundle.load(folder)
   cfg = EncoderConfig.from_dict(content.encoder)
-  parameters = sum(int(np.prod(x.shape)) for x in pipeline.alone(content).leaves.values())
+  leaves = [np.asarray(x) for x in pipeline.alone(content).leaves.values()]
+  parameters, nonzero = sum(x.size for x in leaves), sum(map(np.count_nonzero, leaves))
   return {
     **{split: run.evaluate(folder, split=split)['accuracy'] for split in ('validation', 'test')},
     'layers': cfg.layers, 'heads': cfg.heads, 'units': cfg.mlp, 'parameters': parameters,
+    'nonzero': int(nonzero),
     **measured(folder, base),
   }  # fmt: skip
 
@@ -159,10 +168,10 @@ def chain(base: Path, task: str, seed: int, name: str, stages: dict) -> list[dic
   with tempfile.TemporaryDirectory() as scratch:
     workdir = Path(scratch) / 'run'
     pipeline.compress(base, settings(task, seed, stages), workdir)
-    trained = [stage for stage in stages if 'fn' not in stages[stage] and stage != 's1_tune']
+    trained = [stage for stage in stages if 'fn' not in stages[stage] and stage != 's1_learn']
     return [
       {'chain': name, 'stage': stage, **described(workdir / 'stages' / stage, base)}
-      for stage in trained
+      for stage in trained or [list(stages)[-1]]
     ]
 
 

@@ -1,17 +1,44 @@
-"""Markdown tables of records.jsonl: accuracy against measured speed-up, mean and sd over seeds.
+"""README.md and plots of this folder, from records.jsonl (run.py).
 
-python experiments/pruning/table.py [--steps=300]
+    python experiments/pruning/table.py [--steps=300]
+
+The same records give the same bytes.
 """
 
+import re
 import statistics
 from pathlib import Path
 
 from absl import app, flags
 
 from efft import files
+from efft.report import claims, plots
 
 HERE = Path(__file__).parent
 STEPS = flags.DEFINE_integer('steps', 300, 'of the base runs')
+GOAL, KEPT = 2.0, 99.0  # times as fast, % of the unpruned accuracy
+INTRODUCTION = """# What pruning keeps, and how much faster it is
+
+all-MiniLM-L6-v2 (six layers of twelve heads and 1536 units), fine-tuned in full for each task and
+seed, {steps} steps of 16 at 1e-4; every chain of stages starts from that run and trains half as
+many steps after it has pruned (ziplm: after each of its four speed-ups; block and cofi learn masks
+for {steps} steps first). `+distil` has the unpruned run as its teacher, by logits and hidden
+states. Sizes and rates are fixed beforehand. Mean and standard deviation over seeds.
+
+`speed-up`: of the forward pass in float32 against the unpruned model's on the same core, measured
+in turn, 32 texts of 64 tokens and one. `of the unpruned`: test accuracy in percent of what the
+unpruned run of that seed has. `M not 0`: millions of parameters that are not zero; movement pruning
+leaves single zeros, which save space and no time. Made by `run.py` and `table.py`.
+
+![Test accuracy against speed-up](speedup.png)
+"""
+UNTRAINED = """## What scores choose
+
+Validation accuracy without what each score would remove, and nothing trained afterwards (12.5, 25,
+50 and 75 % of all heads or units; one, two or three of six layers).
+
+![Validation accuracy by score](scores.png)
+"""
 
 
 def mean(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
@@ -26,11 +53,135 @@ def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
   return found
 
 
-def printed(head: tuple[str, ...], rows: list[tuple]) -> None:
-  print('\n| ' + ' | '.join(head) + ' |')
-  print('|' + '---|' * len(head))
-  for row in rows:
-    print('| ' + ' | '.join(map(str, row)) + ' |')
+def markdown(head: tuple[str, ...], rows: list[tuple], words: int) -> str:
+  """A pipe table whose first `words` columns are not numbers."""
+  lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * words + '--:|' * (len(head) - words)]
+  return '\n'.join([*lines, *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)])
+
+
+def described(chain: str, stage: str) -> tuple[str, bool]:
+  """(the way of pruning without its amount, whether it has a teacher)."""
+  way, _, tag = chain.partition('+')
+  return re.sub(r'-[\d.]+$', '', way), bool(tag)
+
+
+def points(records: list[dict]) -> list[dict]:
+  """A row for each task, chain and stage that trains: means over the seeds that have a base."""
+  base = {(r['task'], r['seed']): r for r in records if r['chain'] == 'base'}
+  trained = [
+    r for r in records if r['chain'] not in ('base', 'curve') and (r['task'], r['seed']) in base
+  ]
+  found = []
+  for (task, chain, stage), own in grouped(trained, 'task', 'chain', 'stage').items():
+    unpruned = [base[task, r['seed']] for r in own]
+    way, distil = described(chain, stage)
+    found.append({
+      'task': task, 'chain': chain, 'stage': stage, 'way': way, 'distil': distil,
+      'speedup': [r['speedup_32'] for r in own], 'alone': [r['speedup_1'] for r in own],
+      'test': [100 * r['test'] for r in own],
+      'kept': [100 * r['test'] / b['test'] for r, b in zip(own, unpruned, strict=True)],
+      'chosen': [
+        100 * r['validation'] / b['validation'] for r, b in zip(own, unpruned, strict=True)
+      ],
+      'parameters': statistics.mean(r['nonzero'] for r in own) / 1e6, 'seeds': len(own),
+    })  # fmt: skip
+  return sorted(found, key=lambda r: (r['task'], r['chain'], r['stage']))
+
+
+def goal(rows: list[dict]) -> str:
+  """Of what is fast enough validation chooses, and test says what it kept."""
+  lines = [f'## {KEPT:.0f} % at {GOAL:.0f} times the speed', '']
+  lines += [
+    f'Of the chains that are {GOAL:.0f} times as fast with 32 texts (the mean over seeds), the one '
+    'that keeps the most of the validation accuracy, and what it keeps of the test accuracy:', '',
+  ]  # fmt: skip
+  for task in sorted({row['task'] for row in rows}):
+    fast = [r for r in rows if r['task'] == task and statistics.mean(r['speedup']) >= GOAL]
+    if not fast:
+      lines.append(f'- {task}: nothing is as fast.')
+      continue
+    best = max(fast, key=lambda r: statistics.mean(r['chosen']))
+    kept = statistics.mean(best['kept'])
+    verdict = 'reached' if kept >= KEPT else f'missed by {KEPT - kept:.1f} points'
+    lines.append(
+      f'- {task}: `{best["chain"]}` ({best["stage"]}), {mean(best["kept"])} % at '
+      f'{mean(best["speedup"], digits=2)} times the speed: {verdict}.'
+    )
+  return '\n'.join(lines)
+
+
+def teacher(rows: list[dict]) -> list[claims.Claim]:
+  """What the teacher is worth: chains that were run with and without."""
+  by_name = {(r['task'], r['chain'], r['stage']): r for r in rows}
+  found: dict[str, dict[str, list[float]]] = {}
+  for (task, chain, stage), row in by_name.items():
+    with_teacher = by_name.get((task, f'{chain}+distil', stage))
+    if with_teacher and len(with_teacher['test']) == len(row['test']):
+      pairs = zip(with_teacher['test'], row['test'], strict=True)
+      found.setdefault(row['way'], {}).setdefault(task, []).extend(new - old for new, old in pairs)
+  return [
+    claims.judge(f'{way}: a teacher brings accuracy back', tasks, 'more', unit=' points')
+    for way, tasks in sorted(found.items())
+  ]
+
+
+def against_speed(rows: list[dict]) -> dict:
+  """Test accuracy against speed-up, a panel a task, a line for each way of pruning."""
+  values = [
+    {
+      'panel': row['task'], 'way': row['way'],
+      'teacher': 'with a teacher' if row['distil'] else 'without',
+      'x': statistics.mean(row['speedup']), 'y': statistics.mean(row['kept']),
+      'low': min(row['kept']), 'high': max(row['kept']),
+    }
+    for row in rows
+  ]  # fmt: skip
+  x = {'field': 'x', 'type': 'quantitative', 'title': 'speed-up, 32 x 64 tokens'}
+  x['scale'] = {'zero': False}
+  y = {'field': 'y', 'type': 'quantitative', 'title': 'test accuracy, % of the unpruned'}
+  y['scale'] = {'zero': False}
+  legend = {'orient': 'right', 'symbolOpacity': 1}
+  colour = {'field': 'way', 'type': 'nominal', 'title': None, 'legend': legend}
+  colour['scale'] = {'scheme': 'tableau10'}
+  shape = {'field': 'teacher', 'type': 'nominal', 'title': None, 'legend': legend}
+  shape['scale'] = {'range': ['circle', 'cross']}
+  return plots.faceted(
+    [
+      {'mark': {'type': 'rule', 'strokeOpacity': 0.35},
+       'encoding': {'x': x, 'y': {**y, 'field': 'low'}, 'y2': {'field': 'high'}, 'color': colour}},
+      {'transform': [{'filter': "datum.teacher === 'with a teacher'"}],
+       'mark': {'type': 'line', 'strokeWidth': 1.6, 'strokeOpacity': 0.7},
+       'encoding': {'x': x, 'y': y, 'color': colour}},
+      {'mark': {'type': 'point', 'filled': True, 'size': 60, 'opacity': 1},
+       'encoding': {'x': x, 'y': y, 'color': colour, 'shape': shape}},
+    ],
+    values, 'Test accuracy against measured speed-up',
+  )  # fmt: skip
+
+
+def by_score(curves: dict[tuple, list[dict]]) -> dict:
+  values = [
+    {
+      'panel': f'{task}, {structure}', 'score': score, 'x': 100 * share,
+      'y': 100 * statistics.mean(r['validation'] for r in records),
+      'low': 100 * min(r['validation'] for r in records),
+      'high': 100 * max(r['validation'] for r in records),
+    }
+    for (task, structure, score, share), records in curves.items()
+  ]  # fmt: skip
+  x = {'field': 'x', 'type': 'quantitative', 'title': '% removed', 'scale': {'zero': False}}
+  y = {'field': 'y', 'type': 'quantitative', 'title': 'validation accuracy'}
+  y['scale'] = {'zero': False}
+  colour = {'field': 'score', 'type': 'nominal', 'title': None, 'scale': {'scheme': 'tableau20'}}
+  return plots.faceted(
+    [
+      {'mark': {'type': 'rule', 'strokeOpacity': 0.35},
+       'encoding': {'x': x, 'y': {**y, 'field': 'low'}, 'y2': {'field': 'high'}, 'color': colour}},
+      {'mark': {'type': 'line', 'point': {'size': 45}, 'strokeWidth': 1.6},
+       'encoding': {'x': x, 'y': y, 'color': colour}},
+    ],
+    values, 'Validation accuracy without retraining, by score',
+  ) | {'columns': 3}  # fmt: skip
 
 
 def main(argv):
@@ -38,33 +189,49 @@ def main(argv):
   records = [r for r in files.read_jsonl(HERE / 'records.jsonl') if r['steps'] == STEPS.value]
   failed = [r for r in records if 'error' in r]
   records = [r for r in records if 'error' not in r]
-  base = {(r['task'], r['seed']): r for r in records if r['chain'] == 'base'}
-
-  rows = []
-  trained = [r for r in records if r['chain'] not in ('base', 'curve')]
-  for (task, chain, stage), found in grouped(trained, 'task', 'chain', 'stage').items():
-    found = [r for r in found if (task, r['seed']) in base]
-    kept = [r['test'] / base[task, r['seed']]['test'] for r in found]
-    rows.append((
-      task, chain, stage, mean([r['speedup_32'] for r in found], digits=2),
-      mean([r['speedup_1'] for r in found], digits=2), mean([r['test'] for r in found], 100),
-      mean(kept, 100), f'{statistics.mean(r["parameters"] for r in found) / 1e6:.1f}', len(found),
-    ))  # fmt: skip
-  head = 'task', 'chain', 'stage', 'speed-up, 32 x 64', '1 x 64', 'test', '% of the unpruned'
-  printed((*head, 'M parameters', 'seeds'), sorted(rows))
+  rows = points(records)
+  unpruned = grouped([r for r in records if r['chain'] == 'base'], 'task')
+  lines = [
+    (task, 'unpruned', '', '1', '1', mean([r['test'] for r in own], 100), '100',
+     f'{own[0]["nonzero"] / 1e6:.1f}', len(own))
+    for (task,), own in unpruned.items()
+  ]  # fmt: skip
+  lines += [
+    (r['task'], r['chain'], r['stage'], mean(r['speedup'], digits=2), mean(r['alone'], digits=2),
+     mean(r['test']), mean(r['kept']), f'{r["parameters"]:.1f}', r['seeds'])
+    for r in rows
+  ]  # fmt: skip
+  head = ('task', 'chain', 'stage', 'speed-up, 32 x 64', '1 x 64', 'test', '% of the unpruned')
+  table = markdown((*head, 'M not 0', 'seeds'), sorted(lines, key=lambda line: line[0]), 3)
 
   curves = grouped(
     [r for r in records if r['chain'] == 'curve'], 'task', 'structure', 'score', 'share'
   )
-  shares = sorted({share for *_, share in curves})
-  rows = []
+  lines = []
   for task, structure, score in sorted({key[:3] for key in curves}):
-    cells = [curves.get((task, structure, score, share), []) for share in shares]
-    shown = [mean([r['validation'] for r in cell], 100) if cell else '' for cell in cells]
-    rows.append((task, structure, score, *shown))
-  printed(('task', 'structure', 'score', *(f'{100 * share:.0f} % gone' for share in shares)), rows)
-  for record in failed:
-    print(f'\nfailed: {record}')
+    shares = sorted(key[3] for key in curves if key[:3] == (task, structure, score))
+    cells = (
+      f'{mean([r["validation"] for r in curves[task, structure, score, s]], 100)} ({s:.0%})'
+      for s in shares
+    )
+    lines.append((task, structure, score, ', '.join(cells)))
+  head = ('task', 'structure', 'score', 'accuracy (share removed)')
+  scored = markdown(head, lines, 4)
+
+  for name, spec in (('speedup', against_speed(rows)), ('scores', by_score(curves))):
+    png, svg = plots.pictures(spec)
+    files.atomic_write(HERE / f'{name}.png', png)
+    files.atomic_write(HERE / f'{name}.svg', svg)
+  about = (
+    'Differences in points of test accuracy are of each task, seed and amount; in brackets the '
+    "95 % interval of their mean for these tasks (Welch's t), and in how many tasks the mean has "
+    'the sign of the whole. A claim whose interval holds 0 cannot be told.'
+  )
+  notes = [f'{r["chain"]} on {r["task"]}, seed {r["seed"]}: {r["error"]}' for r in failed]
+  parts = [INTRODUCTION.format(steps=STEPS.value), goal(rows), table, UNTRAINED, scored]
+  heading = 'What the teacher is worth'
+  text = claims.page(parts, teacher(rows), about, notes, len(failed), heading=heading)
+  files.atomic_write(HERE / 'README.md', text)
 
 
 if __name__ == '__main__':
