@@ -29,7 +29,7 @@ cpu.keep_programs(packages.cache_root() / 'programs')
 
 from absl import app, flags  # noqa: E402
 
-from efft import bundle, compact, config, files, finetune, merging, pipeline, tree  # noqa: E402
+from efft import assemble, bundle, compact, config, files, finetune, merging, pipeline, tree  # noqa: E402
 from efft.errors import EfftError  # noqa: E402
 from efft.qtensor import QTensor  # noqa: E402
 
@@ -140,12 +140,17 @@ def make(base: Path, task: str, seed: int, name: str) -> dict:
   with tempfile.TemporaryDirectory() as scratch:
     workdir, start = Path(scratch) / 'run', time.time()
     results = pipeline.compress(base, settings(task, seed, variants()[name]), workdir)
-    # Against the base run, not the stage before: the variants that train have two.
-    said = merging.proof(base, bundle.load(base), bundle.load(workdir), 'validation')
+    content = bundle.load(base)
+    # A first stage was compared with the base run when it was made; others with the stage before.
+    if len(results['stages']) == 1:
+      (said,) = results['stages']
+    else:
+      said = merging.proof(base, content, bundle.load(workdir), 'validation')
+    examples = len(assemble.own_task(base, content.labels).splits['validation'].texts)
     return {
       **described(workdir, results),
       'difference': said['difference'],
-      'flips': said['flips'] / said['examples'],
+      'flips': said['flips'] / examples,
       'off': off(workdir),
       'seconds': round(time.time() - start, 1),
     }
