@@ -13,7 +13,7 @@ import tiny
 from efft.errors import InputError
 from efft.models.encoder import Encoder
 from efft.models.layers import Hooks
-from efft.peft import base, prefix, prompt
+from efft.peft import base, lora, prefix, prompt
 
 ARCHITECTURES = ('bert', 'roberta')
 both = pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -297,3 +297,21 @@ def test_a_prompt_that_does_not_fit_is_refused():
     else:
       with pytest.raises(InputError, match='at most 24 together'):
         here.logits(here.variables, batch)
+
+
+@pytest.mark.parametrize('at', ['embed/words', 'embed'])
+def test_a_prompt_and_trained_words_act_in_either_order(at):
+  """Trained words are added to the words, wherever these stand by then."""
+  parts = {'prompt': prompt.prompt(3, 'random', at=at), 'words': lora.embedding(2)}
+  model, variables = attached(parts)
+  rng = np.random.default_rng(0)
+  moved = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape), variables['delta'])
+  own = moved['embed'].pop('words_words')
+  params = variables['params']
+  merged = {**params, 'embed': parts['words'].merge(own, params['embed'])}
+  alone, _ = attached({'prompt': parts['prompt']})
+  expected = alone.apply({'params': merged, 'delta': moved}, *ARGS)
+  delta = {**moved, 'embed': {**moved['embed'], 'words_words': own}}
+  for order in (('prompt', 'words'), ('words', 'prompt')):
+    model, _ = attached({name: parts[name] for name in order})
+    close(model.apply({'params': params, 'delta': delta}, *ARGS), expected)

@@ -106,7 +106,10 @@ def embedding(
 
   def apply(p, site):
     x, mask, token_types = site.y
-    return x + scale * product(jnp.take(p['a'], site.ids, axis=0), p['b']), mask, token_types
+    added = scale * product(jnp.take(p['a'], site.ids, axis=0), p['b'])
+    # A prompt that acts before this stands in front of the words.
+    added = jnp.pad(added, ((0, 0), (x.shape[1] - added.shape[1], 0), (0, 0)))
+    return x + added, mask, token_types
 
   def merge(p, module):
     table = module['word']['embedding'] + scale * product(p['a'], p['b'])
