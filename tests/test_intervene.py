@@ -10,7 +10,7 @@ import tiny
 from efft.errors import InputError
 from efft.models.encoder import Encoder
 from efft.models.layers import Hooks
-from efft.peft import base, intervene, scale
+from efft.peft import attention_adapter, base, intervene, scale
 
 both = pytest.mark.parametrize('architecture', ('bert', 'roberta'))
 
@@ -189,3 +189,22 @@ def test_sites_that_do_not_fit_are_refused(options, message):
   model = Encoder(tiny.SHORT, Hooks(tap=base.attach(deltas)))
   with pytest.raises(InputError, match=message):
     base.init(model, deltas, tiny.params(tiny.SHORT), jax.random.key(0))
+
+
+def test_small_scales_act_in_bfloat16():
+  """Scales are not rounded, whose neighbours above 1 are 2^-7 apart; products are, once."""
+  rng = np.random.default_rng(0)
+  y, values = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.bfloat16), np.full(8, 1.003, np.float32)
+  expected = (np.asarray(y, np.float32) * values).astype(jnp.bfloat16)
+  assert np.mean(expected != y) > 0.2
+  here = base.Site('layer_0/mlp/act', y)
+  kv, ff, heads = scale.ia3(attention_out=True)
+  np.testing.assert_array_equal(ff.apply({'ff': values}, here), expected)
+  by_head = y.reshape(2, 5, 2, 4)
+  found = heads.apply({'out': values}, here._replace(y=by_head))
+  np.testing.assert_array_equal(found.reshape(y.shape), expected)
+  for found in kv.apply({'k': values, 'v': values}, here._replace(y=(by_head, by_head, None)))[:2]:
+    np.testing.assert_array_equal(found.reshape(y.shape), expected)
+  hadamard = attention_adapter.hadamard()
+  found = hadamard.apply({'weight': values, 'bias': np.zeros(8, np.float32)}, here)
+  np.testing.assert_array_equal(found, expected)

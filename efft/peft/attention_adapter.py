@@ -67,7 +67,8 @@ def hadamard(layers: str = r'layer_\d+') -> Delta:
     return {'weight': jnp.ones(d, jnp.float32), 'bias': jnp.zeros(d, jnp.float32)}
 
   def apply(p, site):
-    return site.y * p['weight'].astype(site.y.dtype) + p['bias'].astype(site.y.dtype)
+    # Rounded once: bfloat16 has steps of 2^-7 above a weight of 1.
+    return (site.y * p['weight'] + p['bias']).astype(site.y.dtype)
 
   def merge(p, module):
     out = {name: x * p['weight'] for name, x in module['attention']['out'].items()}

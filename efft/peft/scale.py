@@ -40,7 +40,7 @@ def ia3(layers: str = r'layer_\d+', attention_out: bool = False) -> tuple[Delta,
     return {'ff': jnp.ones(site.y.shape[-1:], jnp.float32)}
 
   def apply_ff(p, site):
-    return site.y * p['ff'].astype(site.y.dtype)
+    return _scaled(site.y, p['ff'])
 
   def merge_ff(p, module):
     down = {**module['down'], 'kernel': p['ff'][:, None] * module['down']['kernel']}
@@ -66,4 +66,9 @@ def ia3(layers: str = r'layer_\d+', attention_out: bool = False) -> tuple[Delta,
 
 
 def _scale_heads(y, scale):
-  return y * scale.reshape(y.shape[2:]).astype(y.dtype)
+  return _scaled(y, scale.reshape(y.shape[2:]))
+
+
+def _scaled(y, scale):
+  # The product is rounded, the scale is not: bfloat16 has steps of 2^-7 above 1.
+  return (y * scale).astype(y.dtype)
