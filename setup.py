@@ -53,6 +53,7 @@ setup(
     'test': test,
     'dev': [*test, 'ruff==0.17.*'],
     'report': report,
+    'cuda': ['jax[cuda12]'],  # of the version that install_requires takes
     'tensorboard': ['tensorboardX>=2.6'],
     'wandb': ['wandb>=0.19.10'],
   },

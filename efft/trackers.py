@@ -118,7 +118,8 @@ class Optional:
     try:
       getattr(self.sink, method)(*args)
     except Exception as error:  # whatever a tracking service throws
-      extra = f' (pip install "efft[{self.name}]")' if isinstance(error, ImportError) else ''
+      fix = f" (in the checkout of efft, pip install -e '.[{self.name}]')"
+      extra = fix if isinstance(error, ImportError) else ''
       log.warning('%s is off for this run: %s%s', self.name, error, extra)
       self.sink = None
 

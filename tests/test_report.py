@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import pytest
 import records as make
 
 from efft import files
-from efft.errors import InputError
+from efft.errors import EnvironmentProblem, InputError
 from efft.main import main
 from efft.report import costs, naming, page, plots, publish, records, tables
 
@@ -314,6 +315,12 @@ def test_an_earlier_report_is_replaced_and_nothing_else(runs, report, tmp_path):
   with pytest.raises(InputError, match='unknown arm'):
     publish.report(runs, tmp_path / 'new', baseline='nobody')
   assert not (tmp_path / 'new').exists()
+
+
+def test_without_vl_convert_the_error_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'vl_convert', None)
+  with pytest.raises(EnvironmentProblem, match=re.escape("pip install -e '.[report]'")):
+    plots.vl_convert()
 
 
 def test_one_bare_record_makes_a_report(tmp_path):

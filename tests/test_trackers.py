@@ -49,7 +49,7 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(tmp_path, caplog, m
     'wandb is off',
     'tensorboard is off',
   ]
-  assert ('pip install "efft[wandb]"' in caplog.text) == (module is None)
+  assert ("pip install -e '.[wandb]'" in caplog.text) == (module is None)
   assert files.read_jsonl(tmp_path / 'metrics.jsonl') == RECORDS
 
 

@@ -249,7 +249,8 @@ def vl_convert():
   try:
     import vl_convert as module
   except ImportError:
-    raise EnvironmentProblem("plots need vl-convert-python; pip install 'efft[report]'") from None
+    fix = "in the checkout of efft, pip install -e '.[report]'"
+    raise EnvironmentProblem(f'plots need vl-convert-python; {fix}') from None
   return module
 
 
