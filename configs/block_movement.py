@@ -1,7 +1,7 @@
 """Block movement pruning of blocks and units (Lagunas et al. 2021, arXiv 2109.04838).
 
-Blocks of 32 x 32 in attention and whole units of the feed-forward block: what is empty at the end
-can be cut out, and dense kernels become smaller.
+Blocks of 32 x 32 in attention and whole feed-forward units: the empty ones can be cut out. Another
+threshold is two fields: method.block.threshold and optim.groups.schedule.transform.final.
 
     efft train --config=configs/block_movement.py:task=rotten_tomatoes --workdir=runs/block
 """

@@ -1,6 +1,6 @@
 """Block movement pruning with LoRA inside (Lagunas et al. 2021, arXiv 2109.04838).
 
-LoRA stands inside of attention's masks, and beside the masked units' kernels.
+LoRA is inside of attention's masks, beside the masked units' kernels. Threshold: block_movement.py.
 
     efft train --config=configs/block_movement_lora.py:task=rotten_tomatoes --workdir=runs/block
 """

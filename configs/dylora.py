@@ -1,6 +1,7 @@
 """DyLoRA: one LoRA that serves every rank (Valipour et al. 2022, arXiv 2210.07558).
 
-Each step trains the first r columns, r drawn. Set eval_rank afterwards to use fewer of them.
+Each step trains the first r columns, r drawn. The run evaluates, merges and exports all 8, or what
+--config.method.dylora.eval_rank=4 says when it is trained; another rank is another run.
 
     efft train --config=configs/dylora.py:task=rotten_tomatoes --workdir=runs/dylora
 """

@@ -1,6 +1,7 @@
 """AdapterFusion: attention over adapters (Pfeiffer et al. 2020, arXiv 2005.00247).
 
 Mixes adapters of runs of configs/pfeiffer.py, which stay frozen; without runs, two of its own.
+Name the runs behind the colon: --config.model.init_from comes too late to count and freeze them.
 
     efft train --config=configs/fusion.py:task=rte,'init_from=runs/a|runs/b' --workdir=runs/fusion
 """

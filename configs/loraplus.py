@@ -1,6 +1,7 @@
 """LoRA+: a higher learning rate for B (Hayou et al. 2024, arXiv 2402.12354).
 
-LoRA with 16 times the rate for B, which starts at zero and has to grow, than for A.
+LoRA with 16 times the rate for B, which starts at zero and has to grow, than for A. Another rate
+is two fields: optim.lr and optim.groups.b.lr.
 
     efft train --config=configs/loraplus.py:task=rotten_tomatoes --workdir=runs/loraplus
 """

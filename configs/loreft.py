@@ -1,7 +1,7 @@
 """LoReFT: edits of the first tokens in a subspace (Wu et al. 2024, arXiv 2404.03592).
 
-Rank one in every layer: 0.017 % of BERT-base. Texts are classified by their first token, which is
-one of those that are edited.
+Rank one in every layer: 0.017 % of BERT-base. A model pooled by [CLS] reads one of the tokens that
+are edited; the default model reads the mean of all.
 
     efft train --config=configs/loreft.py:task=rotten_tomatoes --workdir=runs/loreft
 """

@@ -2,7 +2,8 @@
 
     efft train --config=configs/prune_movement.py:task=rotten_tomatoes --workdir=runs/pruned
 
-Lagunas et al. 2021, https://arxiv.org/abs/2109.04838; `penalty` decides how much goes.
+Lagunas et al. 2021, https://arxiv.org/abs/2109.04838; `penalty` decides how much goes. Another
+threshold stands twice in a copy of this file: as the method's, and as the schedule's `final`.
 """
 
 from efft.config import default

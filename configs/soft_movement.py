@@ -1,6 +1,7 @@
 """Soft movement pruning, by a threshold (Sanh et al. 2020, arXiv 2005.07683).
 
 A rising threshold and a penalty of the scores decide how much is left, each kernel for itself.
+Another threshold is two fields: method.soft.threshold and optim.groups.schedule.transform.final.
 
     efft train --config=configs/soft_movement.py:task=rotten_tomatoes --workdir=runs/soft_movement
 """

@@ -1,6 +1,6 @@
 """Tiny-attention adapters: heads of one channel (Zhao et al. 2022, arXiv 2211.01979).
 
-What is added to a token depends on the other tokens, at 0.2 % of BERT-base.
+What is added to a token depends on the other tokens, at 0.14 % of BERT-base.
 
     efft train --config=configs/tiny_attention.py:task=rotten_tomatoes --workdir=runs/tiny_attention
 """

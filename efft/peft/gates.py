@@ -60,7 +60,7 @@ def l0(
   Args:
     heads: what an open head costs.
     units: what an open unit costs; a head has 2 head_dim times the numbers of a unit.
-    start: log_alpha at first. 2.5 starts unchanged, at rest; drawn, 1.5 % of the gates are closed.
+    start: log_alpha at first. 2.5 starts unchanged, at rest; drawn, 1.6 % of the gates are closed.
     at_heads, at_units: which layers' heads and units have gates.
   """
   for name, cost in (('heads', heads), ('units', units)):

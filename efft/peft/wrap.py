@@ -179,8 +179,8 @@ def adapterdrop(
   Pfeiffer's adapters, left out of the first n layers while training, n drawn uniformly every step
   from 0 to the index of the last layer, so that any number of them may be left out afterwards; all
   act when evaluating. Init and count are those of `adapter.pfeiffer`. The dropped layers' adapters
-  are computed and not used: what is saved is at inference. With a fixed n, see
-  configs/adapterdrop.py.
+  are computed and not used: what is saved is at inference, by whoever takes their parameters out of
+  the bundle, which no command does. With a fixed n, see configs/adapterdrop.py.
   """
   return dropped(adapter.pfeiffer(reduction, activation, at))
 
@@ -254,8 +254,9 @@ def propetl_prefix(length: int = 64, keep: float = 0.5) -> Delta:
 
   The keys and values of one prefix for all layers, each with its own masks of both: see `masked`.
   The authors train the prefixes through a network, whose kernels they mask: here the prefixes
-  themselves train, as in `prefix.prefix` with hidden=0. Trains 2 length d numbers, and as many
-  scores a layer. Not the identity at the start.
+  themselves train, as in `prefix.prefix` with hidden=0. The authors keep 0.1 and train the scores
+  at 1e-4; here half is kept, and configs/propetl_prefix.py has 3e-3. Trains 2 length d numbers, and
+  as many scores a layer. Not the identity at the start.
   """
   (whole,) = prefix.prefix(length)
   return masked(whole, ('k', 'v'), keep)
