@@ -66,11 +66,11 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
 def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
   """Makes a finished run smaller, by the stages of a config.
 
-  Stages before the first that prunes are left out: the run stands for them. What the config leaves
-  at its default is the run's own: config.model's name, max_length, dtype and pooling, and where it
-  names no task the fields of config.task. Another max_length or dtype is that of the smaller run;
-  another model or pooling is refused. A task that is named is what all stages look at, score by
-  and train on.
+  Stages before the first that prunes or quantises are left out: the run stands for them. What the
+  config leaves at its default is the run's own: config.model's name, max_length, dtype and pooling,
+  and where it names no task the fields of config.task. Another max_length or dtype is that of the
+  smaller run; another model or pooling is refused. A task that is named is what all stages look at,
+  score by and train on.
 
   Args:
     run: a run folder, or a bundle where the config names a task.
@@ -79,7 +79,8 @@ def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
     resume: see `finetune.train`.
 
   Raises:
-    InputError: a config without stages that prune, of another model, or a task of other labels.
+    InputError: a config without stages that prune or quantise, of another model, or a task of other
+      labels.
   """
   run, workdir, given = Path(run), Path(workdir), configs.plain(config)
   content = bundle.load(run)
@@ -89,7 +90,8 @@ def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
   first = next((i for i, name in enumerate(names) if 'fn' in config['stages'][name]), None)
   if first is None:
     fix = "as in config.stages = {'s1_heads': {'fn': 'prune.heads'}}"
-    raise InputError('config.stages', ', '.join(names) or 'none', 'a stage that prunes', fix)
+    found = ', '.join(names) or 'none'
+    raise InputError('config.stages', found, 'a stage that prunes or quantises', fix)
   config['stages'] = {name: config['stages'][name] for name in names[first:]}
   if not (workdir / 'config.json').exists():
     # The first stage would refuse them too, but in a folder that is then of this config.

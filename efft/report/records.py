@@ -126,7 +126,7 @@ def _files(runs) -> list[Path]:
       inside = [path] if path.exists() else []
     if not inside:
       what = 'a folder without records' if path.is_dir() else 'nothing there'
-      fix = 'name what `efft sweep` or `efft train` has written'
+      fix = 'name what `efft sweep` or `efft bench --output=` has written'
       raise InputError(f'--runs={path}', what, f'a {FILE}, or a folder with one', fix)
     found += inside
   if not found:
