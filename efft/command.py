@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from efft import __version__
@@ -36,6 +36,8 @@ class Verb(NamedTuple):
 CONFIG = Flag(
   'config', 'FILE.py[:key=value,...], as in configs/lora.py:task=reviews.csv', None, True
 )
+# Another flag of this name differs in its words alone.
+STAGES = CONFIG._replace(about='FILE.py of stages, as configs/prune_heads.py or configs/int8.py')
 
 
 def run(verbs: Mapping[str, Verb], intro: str, args: list[str]) -> int:
@@ -93,7 +95,7 @@ def _dispatch(verbs: Mapping[str, Verb], intro: str, args: list[str]) -> None:
       'efft', f'unknown verb {name!r}', f'one of {names}', _did_you_mean(name, verbs)
     )
   if asked := [arg for arg in rest if arg in asks]:
-    print(_verb_help(name, verbs[name], everything='full' in asked[0]))
+    print(_verb_help(name, verbs[name], rest, everything='full' in asked[0]))
     return
   verb = verbs[name]
   verb.call(**_parse(name, verb, rest))
@@ -114,16 +116,17 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
   see = f'see `efft {name} --help`'
   for flag in verb.flags:
     define = flags.DEFINE_boolean if isinstance(flag.default, bool) else flags.DEFINE_string
-    if flag is not CONFIG:
+    if flag.name != CONFIG.name:
       define(flag.name, flag.default, flag.about, flag_values=values)
   known = [f'--{flag.name}' for flag in verb.flags]
+  own = _config_flag(verb)
   for arg in args:
     given = re.match(r'--?(?:no)?((\w+)[\w.]*)', arg)
     if given and f'--{given[2]}' not in known:
-      raise _unknown_flag(name, given[1], known, see)
+      raise _unknown_flag(name, given[1], known, see, _fields(args) if own else ())
   try:
     argv = values.read_flags_from_files(['efft', *args], force_gnu=True)
-    config, argv = _load_config(argv) if CONFIG in verb.flags else (None, argv)
+    config, argv = _load_config(argv, own) if own else (None, argv)
     if config is not None:
       config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     rest = values(argv)[1:]
@@ -143,21 +146,62 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
       expected = f'one of {", ".join(flag.choices)}'
       fix = _did_you_mean(value, flag.choices, see)
       raise InputError(f'--{flag.name}', repr(value), expected, fix)
-  if CONFIG in verb.flags:
+  if own:
     from efft.config import resolve
 
     # Refused here, before jax takes seconds to import. A run that is given may name the task.
     resolve(given['config'], task='run' not in given)
+    _refuse_joined(given['config'].model.init_from)
   return given
 
 
-def _unknown_flag(verb: str, name: str, known: list[str], see: str) -> InputError:
+def _config_flag(verb: Verb) -> Flag | None:
+  return next((flag for flag in verb.flags if flag.name == CONFIG.name), None)
+
+
+def _refuse_joined(runs) -> None:
+  """Several runs in one string, which would be read as one path."""
+  for run in runs:
+    if ',' in run and not os.path.exists(run):
+      several = ','.join(repr(part) for part in run.split(','))
+      fix = f'pass several as --config.model.init_from="({several})"'
+      raise InputError('config.model.init_from', repr(run), 'folders of runs', fix)
+
+
+def _unknown_flag(verb: str, name: str, known: list[str], see: str, fields=()) -> InputError:
   expected = f'one of {", ".join(known)}' if known else 'no flags'
   fix = _did_you_mean(f'--{name}', known, see)
+  if fields:
+    from efft.config import SHORT, flags_of
+
+    flags = f'--config=FILE:{name}=' if name in SHORT else flags_of(name, fields)
+    fix = f'did you mean {flags}?' if flags else fix
   return InputError(f'efft {verb}', f'unknown flag --{name}', expected, fix)
 
 
-def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
+def _fields(args: list[str]) -> Iterable[str]:
+  """What a flag that is missing its 'config.' may mean: fields of the config that is given."""
+  from efft import config
+
+  try:
+    return config.paths(config.load(_take_spec(args)[0]))
+  except InputError:
+    return config.FIELDS
+
+
+def _take_spec(args: list[str]) -> tuple[str, list[str]]:
+  """(the value of --config, '' without one; the other arguments)."""
+  spec, others = '', []
+  arguments = iter(args)
+  for arg in arguments:
+    if match := re.fullmatch(r'--?config(?:=(.*))?', arg, re.DOTALL):
+      spec = next(arguments, '') if match[1] is None else match[1]
+    else:
+      others.append(arg)
+  return spec, others
+
+
+def _load_config(argv: list[str], flag: Flag) -> tuple[Any, list[str]]:
   """Takes --config out of the arguments: (the config of its file, the others).
 
   config_flags reads the overrides; it could load the file too, but finds no installed configs, and
@@ -165,16 +209,10 @@ def _load_config(argv: list[str]) -> tuple[Any, list[str]]:
   """
   from efft import config
 
-  spec, others = None, []
-  arguments = iter(argv)
-  for arg in arguments:
-    if match := re.fullmatch(r'--?config(?:=(.*))?', arg, re.DOTALL):
-      spec = next(arguments, '') if match[1] is None else match[1]
-    else:
-      others.append(arg)
+  spec, others = _take_spec(argv)
   if not spec:
-    fix = 'as in --config=configs/lora.py:task=rotten_tomatoes'
-    raise InputError('--config', 'nothing', CONFIG.about, fix)
+    fix = f'as in --config={flag.about.rpartition(" ")[2]}'
+    raise InputError('--config', 'nothing', flag.about, fix)
   loaded = config.load(spec)
   known = config.paths(loaded)
   arguments, argv = iter(others), []
@@ -198,7 +236,7 @@ def _help(verbs: Mapping[str, Verb], intro: str) -> str:
   return f'{intro}\n\n{lines}\n\n`efft VERB --help` shows its flags, `efft --version` the version.'
 
 
-def _verb_help(name: str, verb: Verb, everything: bool) -> str:
+def _verb_help(name: str, verb: Verb, args: list[str], everything: bool) -> str:
   required = ''.join(f' --{flag.name}=...' for flag in verb.flags if flag.required)
   lines = [f'efft {name}{required}', f'  {verb.about}', '']
   width = max([14, *(len(flag.name) + 2 for flag in verb.flags)])
@@ -209,10 +247,11 @@ def _verb_help(name: str, verb: Verb, everything: bool) -> str:
     if flag.default:
       about += f' (default: {flag.default})'
     lines.append(f'  --{flag.name:<{width}}{about}')
-  if everything and CONFIG in verb.flags:
+  if everything and _config_flag(verb):
     from efft import config
 
-    lines += ['', config.describe()]
+    spec, _ = _take_spec(args)
+    lines += ['', config.describe(config.load(spec) if spec else None)]
   elif verb.more:
     lines += ['', verb.more]
   return '\n'.join(lines).rstrip()

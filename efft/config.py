@@ -19,6 +19,7 @@ import copy
 import hashlib
 import json
 import re
+import shlex
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from efft import functions
-from efft.errors import InputError, nearest, unknown
+from efft.errors import InputError, meant, nearest, unknown
 from efft.fields import FIELDS, RULES, TABLE, Field
 
 PACKAGE = Path(__file__).resolve().parent
@@ -62,9 +63,20 @@ def default(arg: str = '') -> ConfigDict:
       found = repr(piece.strip())
       raise InputError('--config=FILE:' + arg, found, 'key=value', "as in 'task=reviews.csv'")
     if key not in SHORT:
-      raise unknown('--config=FILE:' + arg, 'key', key, SHORT)
+      where = '--config=FILE:' + arg
+      if flags := flags_of(key, FIELDS):
+        expected = f'one of {", ".join(sorted(SHORT))}'
+        raise InputError(where, f'unknown key {key!r}', expected, f'did you mean {flags}?')
+      raise unknown(where, 'key', key, SHORT, 'pass other fields as --config.FIELD=')
     _assign(config, SHORT[key], value.split('|') if key in ('labels', 'init_from') else value)
   return config.lock()
+
+
+def flags_of(part: str, names) -> str:
+  """'--config.optim.lr' for 'lr': the fields of `names` that end so, ' or ' between; '' if none."""
+  if not any(name.endswith(f'.{part}') for name in names):
+    return ''
+  return ' or '.join(f'--config.{name}' for name in meant(part, names).split(' or '))
 
 
 def _assign(config: ConfigDict, name: str, value: Any) -> None:
@@ -250,7 +262,8 @@ def resolve(config: ConfigDict | dict, task: bool = True) -> dict:
 
 def _checked(where: str, value: Any, field: Field) -> Any:
   if not field.check.test(value):
-    fix = f'pass --{where}=... ({field.about})'
+    example = f'"{field.check.example}"' if field.check.example else '...'
+    fix = f'pass --{where}={example} ({field.about})'
     raise InputError(where, repr(value), field.check.expected, fix)
   return field.check.cast(value)
 
@@ -378,10 +391,27 @@ def difference(old: dict, new: dict) -> str:
   return ', '.join(f'{key[1:]} {show(a, key)} -> {show(b, key)}' for key in changed)
 
 
-def describe() -> str:
-  """The table as text, one field a line: --config.NAME=default, then what it is."""
+def describe(config: ConfigDict | None = None) -> str:
+  """The table as text, one field a line: --config.NAME=default, then what it is and may be.
+
+  With a config of `load`, then its own methods, groups and stages, as it has them.
+  """
   lines = []
   for name, field in FIELDS.items():
     shown = '...' if field.check in (RULES, TABLE) or name == 'task.name' else repr(field.default)
-    lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about)
+    takes = f'; {field.check.expected}' if 'one of ' in field.check.expected else ''
+    lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about + takes)
+  if config is not None:
+    lines += ['', '  Of this config (None in a group: as config.optim has it):']
+    own = tuple(f'{table}.' for table in OPEN)
+    for name, value in paths(config).items():
+      if name.startswith(own) and not isinstance(value, ConfigDict):
+        lines.append(f'  --config.{name}={_typed(value)}')
   return '\n'.join(lines)
+
+
+def _typed(value: Any) -> str:
+  """A value as it is typed in a shell."""
+  if isinstance(value, str):
+    return shlex.quote(value)
+  return f'"{value!r}"' if isinstance(value, list | tuple) else repr(value)

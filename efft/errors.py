@@ -45,15 +45,35 @@ class Preempted(EfftError):
 
 
 def nearest(name: str, names, cutoff: float = 0.6) -> str:
-  """The closest of `names`, or ''."""
-  return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), '')
+  """The closest of `names`, or ''; letters that changed places come before other ones."""
+  names, letters = list(names), sorted(name)
+  turned = [other for other in names if sorted(other) == letters]
+  return next(iter(difflib.get_close_matches(name, turned or names, 1, cutoff)), '')
 
 
-def unknown(where: str, what: str, name: str, names) -> InputError:
-  """The error for a name that does not exist, with the nearest that does."""
+def meant(name: str, names) -> str:
+  """What of dotted `names` somebody may have meant, ' or ' between several; '' if nothing.
+
+  What ends in the same part: 'optim.lr' for 'lr' or 'train.lr', the shortest unless one is near.
+  Else the nearest.
+  """
+  part = name.rpartition('.')[2]
+  same = sorted(other for other in names if other.endswith(f'.{part}'))
+  if not same:
+    return nearest(name, names)
+  if '.' in name and (close := nearest(name, same)):
+    return close
+  fewest = min(other.count('.') for other in same)
+  return ' or '.join(other for other in same if other.count('.') == fewest)
+
+
+def unknown(
+  where: str, what: str, name: str, names, see: str = 'see `efft train --helpfull`'
+) -> InputError:
+  """The error for a name that does not exist, with what may be meant; `see` where nothing is."""
   names = sorted(names)
-  close = nearest(name, names)
-  fix = f'did you mean {close}?' if close else 'see `efft train --helpfull`'
+  close = meant(name, names)
+  fix = f'did you mean {close}?' if close else see
   # Of many dotted names only the neighbours are of use in one line.
   group = name.rpartition('.')[0]
   near = [n for n in names if n.rpartition('.')[0] == group] or names

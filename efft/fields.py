@@ -18,6 +18,7 @@ class Check(NamedTuple):
   test: Callable[[Any], bool]
   cast: Callable[[Any], Any] = lambda value: value
   kind: type = object  # how ml_collections reads an override; object: any Python literal
+  example: str = ''  # of a list, as it is written on the command line
 
 
 class Field(NamedTuple):
@@ -53,11 +54,11 @@ def choice(*names: str) -> Check:
   return Check(f'one of {", ".join(names)}', lambda x: isinstance(x, str) and x in names, kind=str)
 
 
-def sequence(of: Check, words: str) -> Check:
+def sequence(of: Check, words: str, example: str) -> Check:
   def test(x):
     return isinstance(x, list | tuple) and all(map(of.test, x))
 
-  return Check(words, test, lambda x: [of.cast(value) for value in x], tuple)
+  return Check(words, test, lambda x: [of.cast(value) for value in x], tuple, example)
 
 
 def optional(check: Check) -> Check:
@@ -66,6 +67,7 @@ def optional(check: Check) -> Check:
     lambda x: x is None or check.test(x),
     lambda x: x if x is None else check.cast(x),
     str if check.kind is str else object,
+    check.example,
   )
 
 
@@ -74,6 +76,7 @@ def either(a: Check, b: Check) -> Check:
     f'{a.expected} or {b.expected}',
     lambda x: a.test(x) or b.test(x),
     lambda x: a.cast(x) if a.test(x) else b.cast(x),
+    example=a.example or b.example,
   )
 
 
@@ -94,20 +97,25 @@ def _is_pairs(x) -> bool:
 TEXT = Check('a non-empty string', lambda x: isinstance(x, str) and x != '', kind=str)
 SWITCH = Check('True or False', lambda x: isinstance(x, bool))
 TABLE = Check('a dict', lambda x: isinstance(x, dict), kind=dict)
-NAMES = sequence(TEXT, 'a list of distinct names')
+NAMES = sequence(TEXT, 'a list of distinct names', "('a','b')")
 NAMES = NAMES._replace(test=lambda x, listed=NAMES.test: listed(x) and len(set(x)) == len(x))
 RULES = Check(
-  'a list of (path regex, group) pairs', _is_rules, lambda x: [list(rule) for rule in x], tuple
-)
+  'a list of (path regex, group) pairs', _is_rules, lambda x: [list(rule) for rule in x], tuple,
+  "(('params/head/.*','head'),('.*','frozen'))",
+)  # fmt: skip
 PAIRS = Check(
   'a list of (student layer, teacher layer), one or more, numbered from 0',
   lambda x: _is_pairs(x) and len(x) > 0,
   lambda x: [list(pair) for pair in x],
+  example='((0,1),(1,3))',
 )
 FORMS = Check(
-  'a list of (path regex, format) pairs', _is_rules, lambda x: [list(rule) for rule in x], tuple
+  'a list of (path regex, format) pairs', _is_rules, lambda x: [list(rule) for rule in x], tuple,
+  "(('params/layer_0/.*/kernel','int8'),)",
+)  # fmt: skip
+TRACKERS = sequence(
+  choice('tensorboard', 'wandb'), 'a list of tensorboard, wandb', "('tensorboard','wandb')"
 )
-TRACKERS = sequence(choice('tensorboard', 'wandb'), 'a list of tensorboard, wandb')
 FULL = (('params/head/.*', 'head'), ('params/.*', 'encoder'))
 
 FIELDS = {
@@ -137,7 +145,9 @@ FIELDS = {
   ),
   'model.init_from': Field((), NAMES, 'runs whose trained deltas this one starts from'),
   'model.init_weights': Field(
-    None, optional(sequence(real(-math.inf), 'a list of numbers')), 'of several; None: their mean'
+    None,
+    optional(sequence(real(-math.inf), 'a list of numbers', '(0.7,0.3)')),
+    'of several; None: their mean',
   ),
   'model.max_length': Field(128, integer(3), 'tokens; longer texts are cut and counted'),
   'model.dtype': Field('float32', choice('float32', 'bfloat16'), 'of the computation'),
@@ -170,7 +180,7 @@ FIELDS = {
   'train.consistency': Field(0.0, real(0), 'weight of two passes agreeing (R-Drop); 0: one pass'),
   'train.class_weights': Field(
     None,
-    optional(either(choice('balanced'), sequence(real(0), 'a list of numbers >= 0'))),
+    optional(either(choice('balanced'), sequence(real(0), 'a list of numbers >= 0', '(1,2.5)'))),
     'of the loss; balanced: rows / (classes x rows of the class)',
   ),
   'train.eval_epochs': Field(1.0, real(0, ends='()'), 'epochs between evaluations'),

@@ -7,7 +7,7 @@ answer at once.
 import sys
 
 from efft import command, verbs
-from efft.command import CONFIG, Flag, Verb
+from efft.command import CONFIG, STAGES, Flag, Verb
 
 HOWS = (
   'linear', 'ties', 'dare_linear', 'dare_ties', 'magnitude_prune', 'cat', 'svd',
@@ -18,7 +18,7 @@ TOLERANCE = Flag('tolerance', 'the largest difference of a logit that merging ma
 COMPARED = Flag('split', 'of the task, on which both forms are compared', 'validation')
 OVERRIDES = """\
 Any field of the config can be set: --config.optim.lr=3e-4 --config.method.lora.rank=4
-`efft train --helpfull` lists them all, `efft methods` the configs that come with efft."""
+`efft train --helpfull --config=FILE` lists them, `efft methods` the configs that come with efft."""
 
 RECORDS = Flag('runs', 'records.jsonl, or folders with one: runs/a,runs/b', None, True)
 SCORED = Flag(
@@ -40,7 +40,7 @@ VERBS = {
   'compress': Verb(
     verbs.compress,
     'prune or quantise a finished run, by the stages of a config',
-    (RUN, CONFIG, WORKDIR, RESUME),
+    (RUN, STAGES, WORKDIR, RESUME),
     OVERRIDES,
   ),
   'evaluate': Verb(

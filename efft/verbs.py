@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from efft.errors import EfftError, InputError
+from efft.errors import EfftError, InputError, unknown
 
 # What `efft recommend` keeps to.
 LIMITS = {
@@ -136,6 +136,12 @@ def inspect(config):
 def fetch(task, model):
   if not task and not model:
     raise InputError('efft fetch', 'no flags', '--task or --model', 'name what to fetch')
+  prepare()
+  if task:
+    from efft.data.tasks import TASKS
+
+    if task not in TASKS:
+      raise unknown('--task', 'task', task, TASKS, 'see `efft tasks`')
   _show(_run().fetch(task, model))
 
 
@@ -173,7 +179,7 @@ def methods():
   for family, name, trained, stored, merges, extra, title in (head, *sorted(rows)):
     numbers = f'{trained:>12}{stored:>12}{merges:>7}{extra:>9}'
     print(f'{family:<17}{name:<20}{numbers}  {title}'.rstrip())
-  print('\nOf several stages, which prune (`efft compress` starts from a run):')
+  print('\nOf several stages, which prune or quantise (`efft compress` starts from a run):')
   for name, title in staged:
     print(f'  {name:<20}{title}'.rstrip())
 

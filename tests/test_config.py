@@ -1,5 +1,6 @@
 """Configs: overrides, checks, what errors say, hashes and differences."""
 
+import ast
 import json
 import math
 
@@ -274,6 +275,14 @@ def test_broken_config_files(tmp_path, text, part):
   with pytest.raises(InputError) as error:
     config.load(str(tmp_path / 'broken.py'))
   assert part in str(error.value) and '\n' not in str(error.value)
+
+
+def test_an_example_of_a_list_is_one():
+  shown = [name for name, field in FIELDS.items() if field.check.example]
+  assert {'trackers', 'task.labels', 'model.init_from', 'rules', 'distil.layers'} <= set(shown)
+  for name in shown:
+    check = FIELDS[name].check
+    assert check.test(ast.literal_eval(check.example)), name
 
 
 def test_help_names_every_field():

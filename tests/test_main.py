@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import types
 import pytest
 
 import efft
-from efft.command import CONFIG
+from efft import command, config
 from efft.errors import Diverged, EnvironmentProblem, InputError, Preempted
 from efft.main import VERBS, main
 
@@ -178,7 +180,34 @@ REFUSED = [
   (['evaluate', '--run='], '--run: found nothing', ''),
   (['predict', '--run=r', '--text_column=c'], '--text_column', '--input'),
   (['fetch'], 'no flags', '--task or --model'),
-]
+  (['fetch', '--task=foo'], "unknown task 'foo'", 'see `efft tasks`'),
+  ([*TRAIN, '--lr=3'], 'unknown flag --lr', 'did you mean --config.optim.lr?'),
+  ([*TRAIN, '--rank', '4'], 'unknown flag --rank', 'did you mean --config.method.lora.rank?'),
+  ([*TRAIN, '--task=t'], 'unknown flag --task', 'did you mean --config=FILE:task=?'),
+  (
+    [*TRAIN, '--batch_size', '8'], 'unknown flag --batch_size',
+    'did you mean --config.eval.batch_size or --config.train.batch_size?',
+  ),
+  ([*TRAIN, '--config.lr=3'], "unknown field 'lr'", 'did you mean optim.lr?'),
+  ([*TRAIN, '--config.train.lr=3'], "unknown field 'train.lr'", 'did you mean optim.lr?'),
+  ([*TRAIN, '--config.optim.groups.delt.lr=3'], 'delt.lr', 'did you mean optim.groups.delta.lr?'),
+  (['train', '--config=configs/lora.py:lr=3'], "unknown key 'lr'", 'mean --config.optim.lr?'),
+  (['train', '--config=configs/lora.py:rnk=3'], "unknown key 'rnk'", '--config.FIELD='),
+  (['train', '--config=configs/lroa.py'], 'configs/lroa.py', 'did you mean configs/lora.py?'),
+  (['compress', '--run=r', '--workdir=w'], '--config: found nothing', 'configs/int8.py'),
+  (
+    [*TRAIN, '--config.trackers=tensorboard,wandb'], 'config.trackers',
+    '''pass --config.trackers="('tensorboard','wandb')"''',
+  ),
+  (
+    [*TRAIN, '--config.task.labels=neg,pos'], "config.task.labels: found 'neg,pos'",
+    '''pass --config.task.labels="('a','b')"''',
+  ),
+  (
+    [*TRAIN, '--config.model.init_from=runs/a,runs/b'], "found 'runs/a,runs/b'",
+    '''pass several as --config.model.init_from="('runs/a','runs/b')"''',
+  ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('args, what, fix', REFUSED, ids=lambda x: ' '.join(x)[-40:])
@@ -220,7 +249,29 @@ def test_help_of_a_verb_names_its_flags(capsys, verb):
   assert all(f'--{flag.name}' in text for flag in VERBS[verb].flags)
   assert len(text.splitlines()) < 24
   assert main([verb, '--helpfull']) == 0
-  assert ('--config.optim.lr' in capsys.readouterr().out) == (CONFIG in VERBS[verb].flags)
+  has_config = any(flag.name == 'config' for flag in VERBS[verb].flags)
+  assert ('--config.optim.lr' in capsys.readouterr().out) == has_config
+
+
+def test_full_help_with_a_config_lists_its_own_options(capsys):
+  assert main(['train', '--helpfull']) == 0
+  fields = capsys.readouterr().out
+  assert re.search(r"config.train.save='best' .*; one of best, last\n", fields)
+  assert 'config.method.lora' not in fields
+  assert main(['train', '--config=configs/loraplus.py', '--helpfull']) == 0
+  out = capsys.readouterr().out
+  assert out.startswith(fields.rstrip('\n'))
+  # What is printed can be typed: it is taken back, and changes nothing.
+  own = [line.strip() for line in out[len(fields) :].splitlines() if '--config.' in line]
+  given = [shlex.split(line)[0] for line in own]
+  assert {'--config.optim.groups.b.lr=0.0032', '--config.method.lora.rank=8'} <= set(given)
+  assert config.resolve(parsed(given)) == config.resolve(parsed([]))
+  assert main(['train', '--helpfull', '--config=configs/lroa.py']) == 2
+
+
+def parsed(overrides):
+  args = ['--config=configs/loraplus.py:task=t', '--workdir=w', *overrides]
+  return command._parse('train', VERBS['train'], args)['config']
 
 
 def test_version_and_no_arguments(capsys):
@@ -241,6 +292,9 @@ def test_methods_lists_the_configs(capsys, tmp_path, monkeypatch):
   assert found['lora'][:4] == ['294,912', '294,912', 'yes', '0.36%']
   assert found['mine'] == ['-', '-', '-', '-', 'My', 'own.']
   assert all(len(line) <= 170 for line in lines)
+  staged = lines[lines.index('') + 1 :]
+  assert 'prune or quantise' in staged[0]
+  assert {line.split()[0] for line in staged[1:]} >= {'prune_heads', 'int8'}
 
 
 def test_closed_pipe_is_quiet():

@@ -312,7 +312,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(runs, report, tmp_path):
     with pytest.raises(InputError, match='something else'):
       publish.report(runs, output)
   assert (tmp_path / 'mine' / 'thesis.tex').read_text() == 'x'
-  with pytest.raises(InputError, match='unknown arm'):
+  with pytest.raises(InputError, match='(?s)unknown arm .*; name an arm of the records'):
     publish.report(runs, tmp_path / 'new', baseline='nobody')
   assert not (tmp_path / 'new').exists()
 

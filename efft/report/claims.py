@@ -47,7 +47,7 @@ def judge(
     InputError: an expectation that there is not.
   """
   if expected not in EXPECTED:
-    raise unknown('expected', 'expectation', expected, EXPECTED)
+    raise unknown('expected', 'expectation', expected, EXPECTED, 'correct it')
   groups = [list(group) for group in differences.values() if len(group)]
   if not groups:
     return Claim(text, 'no runs', OPEN)

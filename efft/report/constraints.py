@@ -73,7 +73,7 @@ def limits(
       raise InputError(f'--{flag}', repr(value), 'a number above 0', 'correct it')
   for flag, value, known in (('size', size, SIZE), ('memory', memory, MEMORY)):
     if value not in known:
-      raise unknown(f'--{flag}', flag, value, known)
+      raise unknown(f'--{flag}', flag, value, known, 'see `efft recommend --help`')
   bounded = {
     'max_latency_ms': latency or costs.latency(1, 128),
     'max_size_mb': costs.by_name(size),

@@ -130,7 +130,7 @@ def _of_task(found: records.Runs, task: str | None) -> tuple[records.Runs, str]:
       raise InputError('--runs', f'{len(tasks)} tasks', 'one', f'pass --task={"|".join(tasks)}')
     task = tasks[0]
   if task not in tasks:
-    raise unknown('--task', 'task', task, tasks)
+    raise unknown('--task', 'task', task, tasks, 'name a task of the records')
   parts = {name: getattr(found, name) for name in ('table', 'failed', 'latency')}
   kept = {name: part[part['task'] == task] for name, part in parts.items()}
   notes = [note for note in found.notes if not note.startswith('Runs of ') or f' {task} ' in note]

@@ -50,7 +50,7 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
     InputError: no run has ended well, or none has a score on the test split.
   """
   if split not in SPLITS:
-    raise unknown('--split', 'split', split, SPLITS)
+    raise unknown('--split', 'split', split, SPLITS, 'see `efft report --help`')
   _refuse_nothing(runs, split)
   measured, notes, lines = costs.measured(runs.table), list(runs.notes), []
   failed = runs.failed[_FAILED].to_dict('records')
@@ -139,7 +139,7 @@ def baseline(rows: pd.DataFrame, name: str | None = None) -> str:
   arms = sorted(set(rows['arm']))
   if name:
     if name not in arms:
-      raise unknown('--baseline', 'arm', name, arms)
+      raise unknown('--baseline', 'arm', name, arms, 'name an arm of the records')
     return name
   if 'full' in arms:
     return 'full'
