@@ -1,5 +1,10 @@
 """`efft demo`: LoRA on film reviews, from download to table, by the public functions alone."""
 
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +47,21 @@ def demo(workdir: str = 'runs/demo', *, short: bool = False) -> dict:
   title = f'LoRA r={cfg.method.lora.rank} of {cfg.model.name} on {cfg.task.name}'
   console.print(_table(title, shown), _table('three sentences', said))
   console.print(f'run folder: {workdir}', markup=False, soft_wrap=True)
-  console.print(f'try: efft predict --run={workdir} < FILE.txt', markup=False, soft_wrap=True)
+  predict = f'{program()} predict --run={shlex.quote(str(workdir))}'
+  console.print(f"try: echo '{SENTENCES[0]}' | {predict}", markup=False, soft_wrap=True)
   return results
+
+
+def program() -> str:
+  """How a shell in this folder calls this environment's efft, activated or not."""
+  beside = Path(sys.executable).with_name('efft')
+  found = shutil.which('efft')
+  if found and Path(found).parent.resolve() == beside.parent.resolve():
+    return 'efft'
+  if not beside.is_file():
+    return f'{shlex.quote(sys.executable)} -m efft'
+  here = Path.cwd()
+  return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def _number(value) -> str:
