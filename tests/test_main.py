@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -272,6 +273,21 @@ def test_full_help_with_a_config_lists_its_own_options(capsys):
 def parsed(overrides):
   args = ['--config=configs/loraplus.py:task=t', '--workdir=w', *overrides]
   return command._parse('train', VERBS['train'], args)['config']
+
+
+def test_the_readme_lists_every_verb_key_and_setting(tmp_path):
+  root = Path(efft.__file__).parents[1]
+  readme = (root / 'README.md').read_text(encoding='utf-8')
+  commands = readme.partition('## The commands')[2].partition('```')[0]
+  assert {verb for verb in VERBS if re.search(rf'efft {verb}\b', commands)} == set(VERBS)
+  keys = re.search('Behind `FILE.py:` stand (.*?);', commands, re.DOTALL)[1]
+  assert sorted(re.findall(r'`(\w+)`', keys)) == sorted(config.SHORT)
+  sources = ''.join(file.read_text(encoding='utf-8') for file in (root / 'efft').rglob('*.py'))
+  assert set(re.findall(r"'(EFFT_\w+)'", sources)) == set(re.findall(r'EFFT_[A-Z0-9]+', readme))
+  [example] = re.findall(r'```python\n([^`]*def get_config[^`]*)```', readme)
+  (tmp_path / 'mine.py').write_text(example)
+  resolved = config.resolve(config.load(f'{tmp_path / "mine.py"}:task=reviews.csv'))
+  assert resolved['method']['lora']['rank'] == 4
 
 
 def test_version_and_no_arguments(capsys):
