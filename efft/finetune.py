@@ -37,6 +37,7 @@ from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
+BASE = 'base.json'  # of a run folder: {model or run that it starts from: sha256}
 LOOKED_AT = 64  # batches, to say which width is the usual one
 NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
@@ -85,10 +86,26 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
 
 
 def describe(job: Job, workdir: Path) -> None:
-  """What a run folder has from the start; InputError where its data has changed since."""
+  """What a run folder has from the start; InputError where data or model have changed since."""
   assemble.keep_data(workdir, job.data)
+  _keep_base(job, workdir)
   files.write_json(workdir / 'config.json', job.config)
   files.write_json(workdir / 'environment.json', environment.describe())
+
+
+def _keep_base(job: Job, workdir: Path) -> None:
+  """Writes down what a run starts from; InputError where it was begun on something else."""
+  runs = job.config['model']['init_from']
+  now = {job.base.name: job.base.sha256} | {run: bundle.identity(run) for run in runs}
+  known = files.read_json(workdir / BASE) if (workdir / BASE).exists() else {}
+  for name, found in now.items():
+    if found != known.get(name, found):
+      raise InputError(
+        f'{workdir}, {name}', f'sha256 {found[:12]}',
+        f'{known[name][:12]}, as when the run began',
+        'restore it; or train on what there is now, into another --workdir',
+      )  # fmt: skip
+  files.write_json(workdir / BASE, now)
 
 
 def finish(job: Job, results: dict, workdir: Path) -> None:
@@ -132,12 +149,16 @@ def _fit_in_memory(
       return _fit(job, guide, devices, workdir, console, first, pieces)
     except (MemoryError, RuntimeError) as error:
       fits = 2 * pieces <= job.config['train']['batch_size']
-      if not fits or not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
+      if not fits or not _exhausted(error):
         raise
     # Outside of the handler, whose traceback keeps the arrays of the failed attempt alive.
     pieces *= 2
     rows = job.config['train']['batch_size'] // pieces
     log.warning('out of memory: going on with %d micro-batches of %d examples', pieces, rows)
+
+
+def _exhausted(error: Exception) -> bool:
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def _fit(
@@ -182,12 +203,27 @@ def _fit(
   run = make_step(optimizer)
   logits = jax.jit(lambda weights, frozen, batch: job.net.logits(tree.join(weights, frozen), batch))
 
-  def evaluate(state, split='validation'):
-    part = job.encoded[split]
-    scores = scoring.predict(
+  at_once = config['eval']['batch_size']
+
+  def predicted(state, part):
+    return scoring.predict(
       lambda weights, batch: logits(weights, frozen, batch),
-      state.weights, batches.evaluation(part, config['eval']['batch_size']), devices,
+      state.weights, batches.evaluation(part, at_once), devices,
     )  # fmt: skip
+
+  def evaluate(state, split='validation'):
+    nonlocal at_once
+    part, scores = job.encoded[split], None
+    while scores is None:
+      try:
+        scores = predicted(state, part)
+      except (MemoryError, RuntimeError) as error:
+        # Not left to `_fit_in_memory`: smaller steps are of no help, and this one is done.
+        if at_once == 1 or not _exhausted(error):
+          raise
+      if scores is None:
+        at_once = max(1, at_once // 2)
+        log.warning('out of memory: going on with evaluations of %d examples at once', at_once)
     return scoring.score(names, losses.build(kind), part.labels, scores, kind)
 
   start = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

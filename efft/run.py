@@ -82,6 +82,8 @@ def predict(
     raise InputError('predict', 'texts and input' if input else 'neither', 'one of them', 'choose')
   if isinstance(texts, str):
     raise InputError('predict', 'one string', 'a list of texts', 'pass [text]')
+  if output is not None:
+    _check_output(output)
   model = Classifier.load(run)
   if input is not None:
     part = _texts(input, model.bundle.columns, text_column)
@@ -125,8 +127,7 @@ def bench(
   asked = latency.cells(content, batch, length, precision)
   if output is not None:
     record.finished(Path(run))
-    if not Path(output).absolute().parent.is_dir():
-      raise InputError('--output', repr(str(output)), 'a file in a folder that exists', 'make it')
+    _check_output(output)
   rows = []
   with logs() as console, show.Bar(console) as bar:
     for row in latency.measure(
@@ -181,6 +182,12 @@ def fetch(task: str | None = None, model: str | None = None) -> dict:
   if model:
     found[model] = str(hub.resolve(model))
   return found
+
+
+def _check_output(output) -> None:
+  """Refuses a file that cannot be written, before there is work that would be lost."""
+  if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():
+    raise InputError('--output', repr(str(output)), 'a file in a folder that exists', 'make it')
 
 
 def _texts(input, columns, text_column) -> Split:

@@ -237,3 +237,14 @@ def test_token_types_default_to_zero():
   bare = Encoder(tiny.CFG).apply({'params': params}, batch['input_ids'], batch['mask'])
   np.testing.assert_array_equal(bare, apply(tiny.CFG, params, zeros))
   assert not np.allclose(bare, apply(tiny.CFG, params, batch))
+
+
+def test_a_table_of_one_token_type_serves_both_texts():
+  """As in klue/roberta, whose tokenizer counts the second text as 1."""
+  cfg = dataclasses.replace(tiny.SHORT, token_types=1)
+  batch = tiny.batch()
+  ids, mask = batch['input_ids'], batch['mask']
+  model, params = Encoder(cfg), {'params': tiny.params(cfg)}
+  first, second = (model.apply(params, ids, mask, np.full_like(ids, i)) for i in range(2))
+  assert np.isfinite(first).all()
+  np.testing.assert_array_equal(first, second)

@@ -83,8 +83,8 @@ def refuse(capsys, *args) -> str:
 def test_run_folder_holds_what_the_readme_says(trained):
   names = {path.name for path in trained.iterdir()}
   assert names >= {
-    'config.json', 'environment.json', 'data.json', 'metrics.jsonl', 'train.log', 'checkpoints',
-    'results.json', 'README.md', 'bundle',
+    'config.json', 'environment.json', 'data.json', 'base.json', 'metrics.jsonl', 'train.log',
+    'checkpoints', 'results.json', 'README.md', 'bundle',
   }  # fmt: skip
   results = files.read_json(trained / 'results.json')
   records = files.read_jsonl(trained / 'metrics.jsonl')
@@ -293,6 +293,50 @@ def test_data_that_has_grown_is_refused(data, tmp_path, capsys):
   assert 'train data' in refuse(capsys, *once)
   shutil.copy(data, own)
   assert main.main(['evaluate', f'--run={workdir}', '--split=test']) == 0
+
+
+def test_a_base_that_has_changed_is_refused(data, tmp_path, capsys):
+  """What has been trained beside other weights does not go on beside these."""
+  once = command(data, tmp_path / 'run', '--config.train.steps=1')
+  base = shutil.copytree(BERT, tmp_path / 'bert')
+  once[1] = once[1].replace(f'model={BERT}', f'model={base}')
+  assert main.main([*map(str, once)]) == 0
+  (tmp_path / 'run' / 'results.json').unlink()  # as if it had been killed
+  config_file = base / 'config.json'
+  config_file.write_text(config_file.read_text().replace('{', '{"remark": 1, ', 1))
+  capsys.readouterr()
+  assert 'as when the run began' in refuse(capsys, *once)
+  shutil.copy(BERT / 'config.json', config_file)
+  assert main.main([*map(str, once)]) == 0
+
+
+def test_evaluations_that_do_not_fit_are_cut(data, tmp_path, capfd, monkeypatch):
+  """And nothing is trained again; the scores are the same."""
+  predict, seen = finetune.scoring.predict, []
+
+  def small(apply, variables, batches, devices):
+    batches = list(batches)
+    seen.append(len(batches[0]['input_ids']))
+    if seen[-1] > 2:
+      raise RuntimeError('RESOURCE_EXHAUSTED: 9 GB')
+    return predict(apply, variables, batches, devices)
+
+  found = []
+  for name in ('whole', 'cut'):
+    once = command(data, tmp_path / name, '--config.train.steps=2')
+    assert main.main([*map(str, once)]) == 0
+    found.append(files.read_json(tmp_path / name / 'results.json')['metrics'])
+    monkeypatch.setattr(finetune.scoring, 'predict', small)
+  assert seen[-1] == 2 < seen[0] and 'evaluations of 2 examples' in capfd.readouterr().err
+  assert found[0] == pytest.approx(found[1], abs=1e-6)
+  whole, cut = (len(files.read_jsonl(tmp_path / n / 'metrics.jsonl')) for n in ('whole', 'cut'))
+  assert whole == cut
+
+
+def test_output_is_looked_at_before_there_is_work(tmp_path, capsys):
+  for output in (tmp_path, tmp_path / 'no' / 'out.jsonl'):
+    line = refuse(capsys, 'predict', '--run=/no/such', f'--input={__file__}', f'--output={output}')
+    assert '--output' in line
 
 
 def test_damaged_bundle_is_refused(trained, tmp_path, capsys):

@@ -98,6 +98,11 @@ def test_carving_is_a_partition_that_keeps_classes_and_groups(rows, seed):
   assert sum(map(len, owners)) == len(set(keys))
   if len(set(keys)) >= len(set(labels)) + 2:
     assert all(len(part) for part in parts)
+  # Equal texts of different labels, too.
+  labels = np.asarray([label for _, label in rows], np.int32)
+  parts = splits.carve(keys, labels, [0.1, 0.1], seed)
+  assert sorted(np.concatenate(parts).tolist()) == list(range(len(rows)))
+  assert set(labels[parts[0]]) == set(labels)
 
 
 def test_carving_multi_labels_keeps_every_class_in_training():
@@ -134,6 +139,34 @@ def test_numbered_parts_are_one_split(tmp_path):
     write(tmp_path / f'data/train-0000{i}-of-00002.csv', reviews(10, 10 * i))
   found = data.load(str(tmp_path))
   assert sum(map(len, found.splits.values())) == 20
+
+
+def test_parts_of_a_csv_are_read_as_one_csv(tmp_path):
+  for i in range(2):
+    rows = [(f'text {i} {j}', j / 7) for j in range(20)]
+    write(tmp_path / f'train-0000{i}-of-00002.csv', rows)
+  assert data.load(str(tmp_path)).kind == 'regression'
+  write(tmp_path / 'train-00001-of-00002.csv', [('', 1.5)])
+  with pytest.raises(InputError, match='no text'):
+    data.load(str(tmp_path))
+  write(tmp_path / 'train-00001-of-00002.csv', [('a', 1.5), (), ('b', 2.5)])
+  assert any('1 blank lines skipped' in note for note in data.load(str(tmp_path)).notes)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_what_a_file_holds_does_not_hang_on_how_it_is_carved(tmp_path, seed):
+  """One rare value more or less in training makes no classes of amounts."""
+  rows = [(f'text {i}', 0.5 * (i % 9 + 2)) for i in range(60)] + [('rare', 0.5)]
+  found = data.load(str(write(tmp_path / 'stars.csv', rows)), split_seed=seed)
+  assert found.kind == 'regression' and sum('regression' in note for note in found.notes) == 1
+
+
+def test_a_file_without_a_header(tmp_path):
+  rows = [(f'{text}, or so it said', label) for text, label in reviews(60)]
+  path = write(tmp_path / 'x.csv', rows, ('I really liked it', 'good'))
+  with pytest.raises(InputError, match='header line.*label=good'):
+    data.load(str(path))
+  assert data.load(str(path), label='good').columns['label'] == 'good'
 
 
 def test_a_folder_without_validation_lends_a_tenth_of_training(tmp_path):
@@ -376,7 +409,7 @@ def test_the_stream_of_random_numbers_is_pinned():
 # Prediction input.
 
 
-def test_texts_for_prediction(tmp_path):
+def test_texts_for_prediction(tmp_path, caplog):
   path = write(tmp_path / 'x.csv', [('a', '1'), ('b', '2')], ('body', 'id'))
   assert data.read_texts(path).texts == ['a', 'b']
   assert data.read_texts(path, text='id').texts == ['1', '2']
@@ -386,6 +419,7 @@ def test_texts_for_prediction(tmp_path):
   own = write(tmp_path / 'own.csv', [('t', 'x', '1'), ('u', 'y', '2')], ('title', 'remark', 'id'))
   assert data.read_texts(own, usual=['remark']).texts == ['x', 'y']
   assert data.read_texts(own, usual=['summary']).texts == ['t', 'u']
+  assert "text column 'title', for want of summary" in caplog.text
   assert data.read_texts(own, usual=['title', 'remark']).pairs == ['x', 'y']
   (tmp_path / 'x.txt').write_bytes(b'one\r\ntwo\n')
   found = data.read_texts(tmp_path / 'x.txt')
@@ -395,11 +429,14 @@ def test_texts_for_prediction(tmp_path):
 # The hub, by a stand-in for `datasets`.
 
 
+MNLI = ['entailment', 'neutral', 'contradiction']
+
+
 class Rows(dict):
   column_names = property(lambda self: list(self))
   features = property(
     lambda self: {
-      name: types.SimpleNamespace(names=['no', 'yes'] if name == 'label' else None) for name in self
+      name: types.SimpleNamespace(names=MNLI if name == 'label' else None) for name in self
     }
   )
 

@@ -95,6 +95,44 @@ def test_names_declared_by_the_file():
   assert labels.resolve(splits, ('y',)).names == ('no', 'yes')
 
 
+def declared(values, names, file='x.parquet'):
+  return Table(file, {'y': list(values)}, np.arange(len(values)), names={'y': tuple(names)})
+
+
+def test_declared_ids_are_ids():
+  """As datasets' class_encode_column makes them of integers: names in the order of strings."""
+  names = sorted(map(str, range(11)))
+  read = labels.resolve({'train': declared(range(11), names)}, ('y',))
+  assert read.names == tuple(names) and read.arrays['train'].tolist() == list(range(11))
+  read = labels.resolve({'train': declared([1, 2], '123')}, ('y',))
+  assert [read.names[i] for i in read.arrays['train']] == ['2', '3']
+  # Other words for them go by id, and words of its own in another order by name.
+  for given in (['zero', 'one', 'two'], ['c', 'b', 'a']):
+    read = labels.resolve({'train': declared([1, 2], 'abc')}, ('y',), names=given)
+    expected = ['one', 'two'] if given[0] == 'zero' else ['b', 'c']
+    assert [read.names[i] for i in read.arrays['train']] == expected
+
+
+def test_each_file_declares_its_own_ids():
+  splits = {
+    'train': declared([0, 1, 2], ['bad', 'good', 'meh']),
+    'test': declared([0, 1, 1], ['good', 'meh'], 't.parquet'),
+  }
+  assert labels.resolve(splits, ('y',)).arrays['test'].tolist() == [1, 2, 2]
+
+
+def test_vectors_of_zeros_and_ones_are_no_lists_of_ids():
+  with pytest.raises(InputError, match='in every row.*vectors of 0 and 1'):
+    resolve([[1, 0], [0, 1], [1, 0]])
+  assert resolve([['a', 'b'], ['b'], []]).arrays['train'].tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize('values', [['a', 'half \ud83d'], [['a'], ['half \ud83d']]])
+def test_labels_that_no_file_can_hold(values):
+  with pytest.raises(InputError, match='surrogate pair in a label'):
+    resolve(values)
+
+
 @pytest.mark.parametrize(
   'values', [[0.5, 1.5, 2.5, 3.5, 4.5], ['0.5', '1.5', '2.5', '3.5', '4.5', '5']]
 )

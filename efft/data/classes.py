@@ -32,7 +32,9 @@ def keys_of(table: Table, values: Sequence, kind: str) -> list[tuple[str, ...]]:
       raise InputError(
         table.at(nan), f'the label {values[nan[0]]!r}', 'a label in every row', 'correct those rows'
       )
-    return [(written(value),) for value in values]
+    rows = [(written(value),) for value in values]
+    _refuse_broken(table, rows)
+    return rows
   rows = []
   for i, value in enumerate(values):
     parts = (
@@ -53,7 +55,24 @@ def keys_of(table: Table, values: Sequence, kind: str) -> list[tuple[str, ...]]:
         'give names, or one 0/1 column a class (label=a+b+c)',
       )
     rows.append(names)
+  _refuse_broken(table, rows)
   return rows
+
+
+def _refuse_broken(table: Table, rows: Sequence[tuple[str, ...]]) -> None:
+  broken = [i for i, row in enumerate(rows) if not all(map(encodes, row))]
+  if broken:
+    raise InputError(
+      table.at(broken), 'half of a surrogate pair in a label', 'valid Unicode', 'correct those rows'
+    )
+
+
+def encodes(text: str) -> bool:
+  """Whether there are bytes for this text: not for half of a surrogate pair."""
+  try:
+    return text.isascii() or bool(text.encode())
+  except UnicodeEncodeError:
+    return False
 
 
 def assign(
@@ -73,6 +92,14 @@ def assign(
       f'one class only, {min(trained, default="none")!r}',
       'two or more classes',
       'check label=COLUMN',
+    )
+  if kind == 'multi' and len(trained) > 1 and all(len(r) == len(trained) for r in keys['train']):
+    raise InputError(
+      tables['train'].file,
+      f'all of {few(sorted(trained))} in every row',
+      'rows of different classes',
+      'where these are vectors of 0 and 1, write the names or ids of the classes that hold, or a '
+      '0/1 column for each (label=a+b+c)',
     )
   integers = all(INTEGER.fullmatch(name) for name in trained)
   if given is None:

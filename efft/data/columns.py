@@ -139,7 +139,16 @@ def _find_label(table: Table, taken: list[str]) -> tuple[str, ...]:
 
 def _only_rest(table: Table, taken: list[str]) -> tuple[str, ...]:
   rest = [name for name in table.columns if name not in taken]
-  return tuple(rest) if len(rest) == 1 else ()
+  if len(rest) != 1:
+    return ()
+  if table.is_text and rest[0] in table.columns[rest[0]]:
+    raise InputError(
+      table.file,
+      f'the header {rest[0]!r}, which is a label too',
+      "a header line, as in 'text,label'",
+      f'add one, or set label={rest[0]}',
+    )
+  return (rest[0],)
 
 
 def _find_text(table: Table, labels: tuple[str, ...]) -> tuple[str, str | None]:

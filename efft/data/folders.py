@@ -123,8 +123,9 @@ def read(paths: list[Path]) -> Table:
   }
   rows = np.arange(1, sum(map(len, parts)) + 1)
   return dataclasses.replace(
-    parts[0], file=f'{paths[0]} and {len(parts) - 1} more', columns=joined, rows=rows, unit='row'
-  )
+    parts[0], file=f'{paths[0]} and {len(parts) - 1} more', columns=joined, rows=rows, unit='row',
+    notes=tuple(note for part in parts for note in part.notes), suffix=paths[0].suffix,
+  )  # fmt: skip
 
 
 def refuse_same(chosen: Mapping[str, list[Path]]) -> None:

@@ -84,8 +84,16 @@ def resolve(
   else:
     for split, values in found.items():
       _refuse_missing(tables[split], values, kind)
+    found = {
+      split: _named(values, tables[split].names.get(columns[0])) for split, values in found.items()
+    }
+    declared = tables['train'].names.get(columns[0])
+    if names and declared and not set(declared) <= set(names) and len(names) >= len(declared):
+      # Other words for the same classes, in the order of their ids.
+      words = dict(zip(declared, names, strict=False))
+      found = {split: [words.get(v, v) for v in values] for split, values in found.items()}
     keys = {split: keys_of(tables[split], values, kind) for split, values in found.items()}
-    given = names or tables['train'].names.get(columns[0])
+    given = names or declared
     read, ids, notes = assign(tables, keys, given, kind)
     arrays = {split: array(rows, len(read), kind) for split, rows in ids.items()}
   notes += [
@@ -102,6 +110,13 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     twice = next(name for name in names if names.count(name) > 1)
     raise InputError('labels', f'{twice!r} twice', 'names that differ', 'name each class once')
   return names
+
+
+def _named(values: Sequence, names: Sequence[str] | None) -> Sequence:
+  """Ids as the names that their own file declares for them: another file may count otherwise."""
+  if not names:
+    return values
+  return [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
 
 
 def _values(split: str, table: Table, column: str, train: Table) -> list | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from efft.data import columns, folders, hub, labels, packages, splits, tables
+from efft.data.classes import encodes
 from efft.data.splits import Split
 from efft.data.tables import Table
 from efft.data.tasks import TASKS, Task, default_metrics
@@ -113,10 +114,13 @@ def load(
   kind = row.kind if row and kind == 'auto' else kind
   names = names or (row.labels if row and kind == row.kind else None)
   if 'validation' not in found:
-    found, carved = _carve(found, use, kind, names, single and 'test' not in found, split_seed)
-    notes.append(carved)
+    also_test = single and 'test' not in found
+    found, carved, whole = _carve(found, use, kind, names, also_test, split_seed)
+    # What the whole file is: a part of it may have too few values to be told by.
+    kind = whole.kind
+    notes += [carved, *whole.notes]
   read = _resolve(found, use, kind, names)
-  notes += read.notes
+  notes += [note for note in read.notes if note not in notes]
   parts = {split: _split(table, use, read.arrays[split]) for split, table in found.items()}
   parts = {split: parts[split] for split in sorted(parts, key=_order)}
   if halves:
@@ -176,7 +180,7 @@ def read_texts(
     text, pair = (*usual, None)[:2]
   use, notes = columns.choose(table, text, pair, need_label=False)
   for note in notes if usual else ():
-    log.info('%s, for want of %s', note, ' and '.join(usual))
+    log.warning('%s, for want of %s', note, ' and '.join(usual))
   _check_text('input', table, use)
   return _split(table, use, None)
 
@@ -270,7 +274,7 @@ def _check_text(split: str, table: Table, use: columns.Columns) -> list[str]:
       )
     if blank:
       notes.append(f'{table.at(blank)}, column {name!r}: {len(blank)} blank texts')
-    broken = [i for i, value in enumerate(values) if not value.isascii() and not _encodes(value)]
+    broken = [i for i, value in enumerate(values) if not encodes(value)]
     if broken:
       raise InputError(
         f'{table.at(broken)}, column {name!r}',
@@ -281,20 +285,15 @@ def _check_text(split: str, table: Table, use: columns.Columns) -> list[str]:
   return notes
 
 
-def _encodes(value: str) -> bool:
-  try:
-    value.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
 def _resolve(found, use, kind, names) -> labels.Labels:
   return labels.resolve(found, use.label, kind, names)
 
 
-def _carve(found, use, kind, names, also_test, seed) -> tuple[dict[str, Table], str]:
-  """Takes a tenth of training for validation, and one for test of a single file."""
+def _carve(found, use, kind, names, also_test, seed) -> tuple[dict[str, Table], str, labels.Labels]:
+  """Takes a tenth of training for validation, and one for test of a single file.
+
+  Gives the tables, a note, and what the labels of the whole are.
+  """
   table = found['train']
   read = _resolve({'train': table}, use, kind, names)
   whole = _split(table, use, read.arrays['train'])
@@ -315,7 +314,7 @@ def _carve(found, use, kind, names, also_test, seed) -> tuple[dict[str, Table], 
   how = 'stratified by label' if read.kind == 'single' else 'at random'
   missing = ' or '.join(wanted)
   note = f'{table.file}: no {missing} split: carved from it, {how}, split_seed {seed}: {sizes}'
-  return found | {'train': table.take(kept)} | carved, note
+  return found | {'train': table.take(kept)} | carved, note, read
 
 
 def _halved(parts: dict[str, Split], seed: int) -> dict[str, Split]:

@@ -113,9 +113,22 @@ def carve(
     if not part and len(rest[largest]) > pinned:
       part.append(rest[largest].pop())
   kept = [group for left in rest.values() for group in left]
+  if len(strata) > 1:
+    _bring_back(kept, parts, labels)
   return [
     np.sort([i for group in chosen for i in group]).astype(np.int64) for chosen in (kept, *parts)
   ]
+
+
+def _bring_back(kept: list[list[int]], parts: list[list[list[int]]], labels: np.ndarray) -> None:
+  """Of equal texts with different labels: a class that is in `parts` alone moves to `kept`."""
+  there = {int(labels[i]) for group in kept for i in group}
+  for part in parts:
+    for group in list(part):
+      if not there.issuperset(own := {int(labels[i]) for i in group}):
+        there |= own
+        part.remove(group)
+        kept.append(group)
 
 
 def _one_of_each_first(order: list[list[int]], labels: np.ndarray) -> tuple[list[list[int]], int]:

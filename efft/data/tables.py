@@ -37,6 +37,7 @@ class Table:
   rows [N]: where each row begins, counted from 1: the line in a text file, the row in parquet and
   in hub data (`unit`).
   names: column -> class names, for integer columns whose file or hub record declares them.
+  suffix: of the file, where `file` does not end in it.
   """
 
   file: str
@@ -45,6 +46,7 @@ class Table:
   unit: str = 'line'
   names: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  suffix: str = ''
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -52,7 +54,7 @@ class Table:
   @property
   def is_text(self) -> bool:
     """Whether an empty cell is the only way this format has to say that nothing is there."""
-    return self.file.lower().endswith(('.csv', '.tsv'))
+    return (self.suffix or Path(self.file).suffix).lower() in ('.csv', '.tsv')
 
   def take(self, indices: Sequence[int], file: str | None = None) -> 'Table':
     """The rows at `indices`, in that order."""

@@ -262,7 +262,9 @@ class Embeddings(nn.Module):
       positions = jnp.arange(x.shape[1])[None]
     x = x + table(cfg.max_positions, 'position')(positions)
     if cfg.token_types:
-      x = x + table(cfg.token_types, 'token_type')(token_types)
+      # A table of one row was trained on it alone, whatever its tokenizer says of the second text.
+      types = token_types if cfg.token_types > 1 else jnp.zeros_like(token_types)
+      x = x + table(cfg.token_types, 'token_type')(types)
     x = dropout(self, LayerNorm(cfg.eps, self.dtype, name='norm')(x), cfg.dropout)
     if cfg.embed_dim != cfg.hidden:
       x = Linear(cfg.hidden, hooks, cfg.initializer_range, name='project')(x)
