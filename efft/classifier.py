@@ -86,8 +86,11 @@ class Classifier:
         isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(t, str) for t in text)
       )  # fmt: skip
       if not good:
-        expected = 'a (text, pair) tuple of strings' if wants_pairs else 'a string'
-        raise InputError(f'text {number}', repr(text)[:80], expected, 'correct it')
+        expected, fix = 'a string', 'correct it'
+        if wants_pairs:
+          expected = 'a (text, pair) tuple of strings'
+          fix = 'correct it; on the command line, pass --input=FILE with a column for each'
+        raise InputError(f'text {number}', repr(text)[:80], expected, fix)
     first, second = zip(*texts, strict=True) if wants_pairs else (texts, None)
     logits = self.logits(first, second)
     shown = [{'text': text} for text in first]
