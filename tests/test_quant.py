@@ -204,6 +204,12 @@ def test_mixed_precision_by_rules(made, subject, caplog):
   assert kinds == {'attention/query': 'int4', 'mlp/up': 'float', 'mlp/down': 'float', **eight}
   assert found['layer_0/attention/query'].smooth is None, 'of floats that stay'
   assert found['layer_0/attention/key'].smooth is not None
+  assert found['layer_0/attention/out'].smooth is None, 'of what no norm comes before'
+  found = kernels(made(smooth=0.5, smooth_at='.*/(key|down)/kernel'))
+  smoothed = {path for path, q in found.items() if q.smooth is not None}
+  assert smoothed == {'layer_0/attention/key', 'layer_0/mlp/down'}
+  with pytest.raises(ValueError, match='matches none of .*layer_0/mlp/up'):
+    made(smooth=0.5, smooth_at='kernel')
   assert re.search(r'layer_0, outputs off by: attention/\w+ \d\.\d\d%', caplog.text)
   assert 'these take' in caplog.text
   head = made(format='', rules=[['params/head/out/kernel', 'int8_weight']], examples=0)
@@ -299,6 +305,7 @@ def test_deltas_stay_and_act_while_ranges_are_seen():
     ({'rounding': 'adaround'}, 'one of nearest, gptq'),
     ({'smooth': 1.5}, 'smooth 1.5'),
     ({'smooth': 0.5, 'format': 'int4'}, 'inputs stay float'),
+    ({'smooth': 0.5, 'smooth_at': '('}, 'no regular expression'),
     ({'percentile': 40.0}, 'percentile 40'),
     ({'groups': 0, 'format': 'int8_static'}, 'groups 0'),
     ({'groups': 4}, 'no int8_static'),

@@ -261,10 +261,10 @@ def smoothing(seen: Inputs, w: np.ndarray, alpha: float = 0.5) -> np.ndarray:
   SmoothQuant (Xiao et al. 2022, https://arxiv.org/abs/2211.10438, equation 4): outliers of inputs
   move into the weights. Zero inputs or rows are left alone (s = 1).
 
-  Deviations: the paper folds 1 / s into the norm before query, key, value and the first
-  feed-forward layer, so that these three share s, the maximum being over all their weights, and the
-  other layers are not smoothed. After BERT's norms the residual goes on, and nothing can be folded
-  in; inputs are divided where they are rounded, so every layer has an s of its own.
+  Deviation: the paper folds 1 / s into the norm before query, key, value and the first feed-forward
+  layer, so that these three share s, the maximum being over all their weights. After BERT's norms
+  the residual goes on, and nothing can be folded in; inputs are divided where they are rounded, so
+  every layer has an s of its own.
 
   Args:
     seen: the inputs.

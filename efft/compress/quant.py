@@ -24,12 +24,13 @@ from efft.models import quantized
 log = logging.getLogger(__name__)
 
 WHERE = 'quant.quantize'
+NORMED = r'.*/(attention/(query|key|value)|mlp/up)/kernel'
 
 
 def quantize(
   format: str = 'int8', rules: tuple = (), ranges: str = 'minmax', percentile: float = 99.99,
   weights: str = 'max', smooth: float = 0.0, groups: int = 1, symmetric: bool = True,
-  rounding: str = 'nearest', examples: int = 128,
+  rounding: str = 'nearest', examples: int = 128, smooth_at: str = NORMED,
 ) -> Prune:  # fmt: skip
   """Kernels and large tables of embeddings in a format.
 
@@ -52,6 +53,9 @@ def quantize(
     rounding: nearest or gptq (`efft.compress.rounding`), of kernels.
     examples: of the training split, to calibrate with, and to say by how much each layer's output
       is off. 0: none, where nothing is calibrated.
+    smooth_at: regex of the kernels that are smoothed. By default those that read what comes from a
+      norm, as in the paper: of the inputs of `mlp/down`, most of which are near 0, division makes
+      the rare large ones small, and rounding costs more than before.
   """
   setting = matrices.rules(rules)
   names = [name for _, name in setting] + [format] * bool(format)
@@ -72,6 +76,10 @@ def quantize(
       f'smooth {smooth}, percentile {percentile}, groups {groups} or examples {examples}: '
       'from 0 to 1, above 50 to 100, 1 or more, 0 or more'
     )
+  try:
+    smoothed = re.compile(smooth_at)
+  except re.error as error:
+    raise ValueError(f'smooth_at {smooth_at!r}, no regular expression: {error}') from None
   if smooth and kinds <= {'float'}:
     raise ValueError(f'smooth {smooth} with formats whose inputs stay float')
   if 'static' not in kinds and (groups > 1 or not symmetric or ranges != 'minmax'):
@@ -84,6 +92,8 @@ def quantize(
     named = tree.labels({'params': subject.variables['params']}, setting, WHERE, default='')
     start = _floats(subject.variables, {path for path, name in named.items() if name})
     paths = {path: _linear(path) for path in found if path.endswith('/kernel')}
+    if smooth and not any(map(smoothed.fullmatch, paths)):
+      raise ValueError(f'smooth_at {smooth_at!r} matches none of {", ".join(paths)}')
     seen = {}
     if examples and paths:
       given = dataclasses.replace(subject, variables=start)
@@ -96,7 +106,7 @@ def quantize(
       if path not in paths:
         return matrices.plain(path, w, form, scale=scales(w, form.codes, form.block, 1))
       inputs, fields = seen.get(paths[path]), {}
-      if smooth and form.inputs != 'float':
+      if smooth and form.inputs != 'float' and smoothed.fullmatch(path):
         fields['smooth'] = calibrate.smoothing(inputs, w, smooth)
         inputs, w = inputs.divided(fields['smooth']), w * fields['smooth'][:, None]
       if form.inputs == 'static':
