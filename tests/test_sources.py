@@ -105,6 +105,13 @@ def test_carving_is_a_partition_that_keeps_classes_and_groups(rows, seed):
   assert set(labels[parts[0]]) == set(labels)
 
 
+def test_a_class_that_only_equal_texts_have_stays_in_training():
+  for seed in range(8):
+    keys, labels = [*range(10), 5], np.asarray([0] * 10 + [1], np.int32)
+    parts = splits.carve(keys, labels, [0.1, 0.1], seed)
+    assert set(labels[parts[0]]) == {0, 1} and all(len(part) for part in parts)
+
+
 def test_carving_multi_labels_keeps_every_class_in_training():
   labels = np.eye(8, dtype=np.float32)[np.arange(40) % 8 * (np.arange(40) < 8)]
   kept, part = splits.carve(list(range(40)), labels, [0.1], 0)

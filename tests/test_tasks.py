@@ -121,6 +121,32 @@ def test_each_file_declares_its_own_ids():
   assert labels.resolve(splits, ('y',)).arrays['test'].tolist() == [1, 2, 2]
 
 
+def test_files_without_names_beside_one_that_declares_them():
+  train = declared([0, 1, 0], ['neg', 'pos'])
+  for values, file in ((['1', '0'], 'v.csv'), ([1, 0], 'v.jsonl')):
+    splits = {'train': train, 'validation': table(values, file)}
+    for names in (None, ['pos', 'neg'], ['no', 'yes']):
+      read = labels.resolve(splits, ('y',), names=names)
+      yes = read.names.index('yes' if names == ['no', 'yes'] else 'pos')
+      assert read.arrays['train'].tolist() == [1 - yes, yes, 1 - yes]
+      assert read.arrays['validation'].tolist() == [yes, 1 - yes]
+  # Declared numbers that are not ids: what is written counts.
+  splits = {'train': declared([0, 1], ['1', '2']), 'validation': table(['1', '2'], 'v.csv')}
+  assert labels.resolve(splits, ('y',)).arrays['validation'].tolist() == [0, 1]
+  # The other way round: ids of a file that declares names, where training knows ids only.
+  splits = {'train': table([0, 1]), 'test': declared([1, 0], ['neg', 'pos'])}
+  assert labels.resolve(splits, ('y',), names=['a', 'b']).arrays['test'].tolist() == [1, 0]
+
+
+def test_words_for_declared_classes():
+  train = {'train': declared([0, 1, 1], ['a', 'b', 'c'])}
+  assert labels.resolve(train, ('y',), names=['x', 'y']).arrays['train'].tolist() == [0, 1, 1]
+  with pytest.raises(InputError, match="unknown label 'b'"):  # of two lists that overlap
+    labels.resolve(train, ('y',), names=['B', 'a'])
+  read = labels.resolve({'train': declared([0, 1], ['a|b', 'c'])}, ('y',), kind='multi')
+  assert set(read.names) == {'a|b', 'c'} and read.arrays['train'].sum() == 2
+
+
 def test_vectors_of_zeros_and_ones_are_no_lists_of_ids():
   with pytest.raises(InputError, match='in every row.*vectors of 0 and 1'):
     resolve([[1, 0], [0, 1], [1, 0]])

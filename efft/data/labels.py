@@ -84,14 +84,11 @@ def resolve(
   else:
     for split, values in found.items():
       _refuse_missing(tables[split], values, kind)
-    found = {
-      split: _named(values, tables[split].names.get(columns[0])) for split, values in found.items()
-    }
     declared = tables['train'].names.get(columns[0])
-    if names and declared and not set(declared) <= set(names) and len(names) >= len(declared):
-      # Other words for the same classes, in the order of their ids.
-      words = dict(zip(declared, names, strict=False))
-      found = {split: [words.get(v, v) for v in values] for split, values in found.items()}
+    if declared:
+      for split, values in found.items():
+        own = tables[split].names.get(columns[0])
+        found[split] = _named(values, forms[split], own, declared, names, kind)
     keys = {split: keys_of(tables[split], values, kind) for split, values in found.items()}
     given = names or declared
     read, ids, notes = assign(tables, keys, given, kind)
@@ -112,11 +109,37 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
   return names
 
 
-def _named(values: Sequence, names: Sequence[str] | None) -> Sequence:
-  """Ids as the names that their own file declares for them: another file may count otherwise."""
-  if not names:
-    return values
-  return [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
+def _named(
+  values: Sequence, form: str, own: Sequence[str] | None, train: Sequence[str],
+  names: Sequence[str] | None, kind: str,
+) -> list:  # fmt: skip
+  """The class names of ids, where the training file declares names.
+
+  Args:
+    values: of one file.
+    form: theirs, of `_form`.
+    own: what this file declares, which may count otherwise; None: nothing, and it counts as
+      training does, unless its numbers are names.
+    train: what the training file declares.
+    names: the user's, which stand for ids where they are other words altogether.
+    kind: 'multi' or 'single'.
+  """
+  if not own and (form != 'integer' or {written(value) for value in values} & set(train)):
+    return list(values)
+  words = own or train
+  if names and not set(names) & set(words):
+    words = names
+
+  def name(value):
+    if isinstance(value, bool) or not INTEGER.fullmatch(written(value)):
+      return value
+    if isinstance(value, str) and own:
+      return value
+    known = 0 <= (i := int(written(value))) < len(words)
+    found = words[i] if known else value
+    return [found] if kind == 'multi' and known else found
+
+  return [name(value) for value in values]
 
 
 def _values(split: str, table: Table, column: str, train: Table) -> list | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -113,7 +114,7 @@ def carve(
     if not part and len(rest[largest]) > pinned:
       part.append(rest[largest].pop())
   kept = [group for left in rest.values() for group in left]
-  if len(strata) > 1:
+  if pinned == 1 and labels is not None and np.issubdtype(labels.dtype, np.integer):
     _bring_back(kept, parts, labels)
   return [
     np.sort([i for group in chosen for i in group]).astype(np.int64) for chosen in (kept, *parts)
@@ -121,14 +122,27 @@ def carve(
 
 
 def _bring_back(kept: list[list[int]], parts: list[list[list[int]]], labels: np.ndarray) -> None:
-  """Of equal texts with different labels: a class that is in `parts` alone moves to `kept`."""
-  there = {int(labels[i]) for group in kept for i in group}
+  """Of equal texts with different labels: a class that is in `parts` alone moves to `kept`.
+
+  A part that is left empty gets a group whose classes are all in others of `kept`, if there is one.
+  """
+
+  def classes(group):
+    return {int(labels[i]) for i in group}
+
+  there = Counter(c for group in kept for c in classes(group))
   for part in parts:
     for group in list(part):
-      if not there.issuperset(own := {int(labels[i]) for i in group}):
-        there |= own
+      if not all(there[c] for c in classes(group)):
         part.remove(group)
         kept.append(group)
+        there.update(classes(group))
+        if not part:
+          spare = next((g for g in kept if all(there[c] > 1 for c in classes(g))), None)
+          if spare is not None:
+            kept.remove(spare)
+            part.append(spare)
+            there.subtract(classes(spare))
 
 
 def _one_of_each_first(order: list[list[int]], labels: np.ndarray) -> tuple[list[list[int]], int]:
