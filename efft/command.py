@@ -151,21 +151,11 @@ def _parse(name: str, verb: Verb, args: list[str]) -> dict[str, Any]:
 
     # Refused here, before jax takes seconds to import. A run that is given may name the task.
     resolve(given['config'], task='run' not in given)
-    _refuse_joined(given['config'].model.init_from)
   return given
 
 
 def _config_flag(verb: Verb) -> Flag | None:
   return next((flag for flag in verb.flags if flag.name == CONFIG.name), None)
-
-
-def _refuse_joined(runs) -> None:
-  """Several runs in one string, which would be read as one path."""
-  for run in runs:
-    if ',' in run and not os.path.exists(run):
-      several = ','.join(repr(part) for part in run.split(','))
-      fix = f'pass several as --config.model.init_from="({several})"'
-      raise InputError('config.model.init_from', repr(run), 'folders of runs', fix)
 
 
 def _unknown_flag(verb: str, name: str, known: list[str], see: str, fields=()) -> InputError:
@@ -211,8 +201,7 @@ def _load_config(argv: list[str], flag: Flag) -> tuple[Any, list[str]]:
 
   spec, others = _take_spec(argv)
   if not spec:
-    fix = f'as in --config={flag.about.rpartition(" ")[2]}'
-    raise InputError('--config', 'nothing', flag.about, fix)
+    raise InputError('--config', 'nothing', flag.about, 'pass --config=FILE.py')
   loaded = config.load(spec)
   known = config.paths(loaded)
   arguments, argv = iter(others), []

@@ -74,9 +74,9 @@ def default(arg: str = '') -> ConfigDict:
 
 def flags_of(part: str, names) -> str:
   """'--config.optim.lr' for 'lr': the fields of `names` that end so, ' or ' between; '' if none."""
-  if not any(name.endswith(f'.{part}') for name in names):
-    return ''
-  return ' or '.join(f'--config.{name}' for name in meant(part, names).split(' or '))
+  last = part.rpartition('.')[2]
+  same = [name for name in names if f'.{name}'.endswith(f'.{last}')]
+  return ' or '.join(f'--config.{name}' for name in meant(part, same))
 
 
 def _assign(config: ConfigDict, name: str, value: Any) -> None:
@@ -255,9 +255,19 @@ def resolve(config: ConfigDict | dict, task: bool = True) -> dict:
     name: _stage(f'config.stages.{name}', spec)
     for name, spec in sorted(resolved['stages'].items(), key=lambda item: _natural(item[0]))
   }
+  _refuse_joined(resolved['model']['init_from'])
   trained = _trained_groups(resolved['rules'])
   resolved['optim']['groups'] = _groups(resolved['optim']['groups'], trained)
   return resolved
+
+
+def _refuse_joined(runs: list[str]) -> None:
+  """Several runs in one string, which would be read as one path."""
+  for run in runs:
+    if ',' in run and not Path(run).exists():
+      several = ','.join(repr(part.strip()) for part in run.split(',') if part.strip())
+      fix = f'pass several as --config.model.init_from="({several})"'
+      raise InputError('config.model.init_from', repr(run), 'folders of runs', fix)
 
 
 def _checked(where: str, value: Any, field: Field) -> Any:
@@ -402,7 +412,7 @@ def describe(config: ConfigDict | None = None) -> str:
     takes = f'; {field.check.expected}' if 'one of ' in field.check.expected else ''
     lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about + takes)
   if config is not None:
-    lines += ['', '  Of this config (None in a group: as config.optim has it):']
+    lines += ['', "  This config's methods, groups (None: as in config.optim) and stages:"]
     own = tuple(f'{table}.' for table in OPEN)
     for name, value in paths(config).items():
       if name.startswith(own) and not isinstance(value, ConfigDict):

@@ -51,20 +51,19 @@ def nearest(name: str, names, cutoff: float = 0.6) -> str:
   return next(iter(difflib.get_close_matches(name, turned or names, 1, cutoff)), '')
 
 
-def meant(name: str, names) -> str:
-  """What of dotted `names` somebody may have meant, ' or ' between several; '' if nothing.
+def meant(name: str, names) -> list[str]:
+  """What of dotted `names` somebody may have meant; [] if nothing.
 
   What ends in the same part: 'optim.lr' for 'lr' or 'train.lr', the shortest unless one is near.
   Else the nearest.
   """
   part = name.rpartition('.')[2]
-  same = sorted(other for other in names if other.endswith(f'.{part}'))
-  if not same:
-    return nearest(name, names)
-  if '.' in name and (close := nearest(name, same)):
-    return close
+  same = sorted(other for other in names if f'.{other}'.endswith(f'.{part}'))
+  if '.' in name or not same:
+    close = nearest(name, same) or nearest(name, names)
+    return [close] if close else same
   fewest = min(other.count('.') for other in same)
-  return ' or '.join(other for other in same if other.count('.') == fewest)
+  return [other for other in same if other.count('.') == fewest]
 
 
 def unknown(
@@ -73,7 +72,7 @@ def unknown(
   """The error for a name that does not exist, with what may be meant; `see` where nothing is."""
   names = sorted(names)
   close = meant(name, names)
-  fix = f'did you mean {close}?' if close else see
+  fix = f'did you mean {" or ".join(close)}?' if close else see
   # Of many dotted names only the neighbours are of use in one line.
   group = name.rpartition('.')[0]
   near = [n for n in names if n.rpartition('.')[0] == group] or names

@@ -30,7 +30,7 @@ from efft import (
 from efft import config as configs
 from efft.assemble import Job
 from efft.data import batches
-from efft.errors import InputError
+from efft.errors import EnvironmentProblem, InputError
 from efft.eval import evaluate as scoring
 from efft.models import quantized
 from efft.teacher import Teacher
@@ -95,8 +95,9 @@ def describe(job: Job, workdir: Path) -> None:
 
 def _keep_base(job: Job, workdir: Path) -> None:
   """Writes down what a run starts from; InputError where it was begun on something else."""
-  runs = job.config['model']['init_from']
-  now = {job.base.name: job.base.sha256} | {run: bundle.identity(run) for run in runs}
+  runs = [*job.config['model']['init_from'], job.config['distil']['teacher']]
+  now = {run: bundle.identity(run) for run in filter(None, runs)}
+  now |= {job.base.name: job.base.sha256}
   known = files.read_json(workdir / BASE) if (workdir / BASE).exists() else {}
   for name, found in now.items():
     if found != known.get(name, found):
@@ -218,11 +219,15 @@ def _fit(
       try:
         scores = predicted(state, part)
       except (MemoryError, RuntimeError) as error:
-        # Not left to `_fit_in_memory`: smaller steps are of no help, and this one is done.
-        if at_once == 1 or not _exhausted(error):
-          raise
+        if not _exhausted(error) or jax.process_count() > 1:
+          raise  # several hosts have to do the same
+        if at_once <= devices.size:
+          # Not for `_fit_in_memory`: smaller steps are of no help.
+          raise EnvironmentProblem(
+            f'out of memory in an evaluation of {at_once} examples; lower config.model.max_length'
+          ) from None
       if scores is None:
-        at_once = max(1, at_once // 2)
+        at_once = max(devices.size, at_once // 2)
         log.warning('out of memory: going on with evaluations of %d examples at once', at_once)
     return scoring.score(names, losses.build(kind), part.labels, scores, kind)
 

@@ -168,7 +168,9 @@ def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
     rows = list(_carry_out(plan, workdir, run))
     stages = [workdir / 'stages' / row['stage'] for row in rows]
     if trained := [folder for folder in stages if (folder / assemble.DATA).exists()]:
-      files.write_json(workdir / assemble.DATA, files.read_json(trained[0] / assemble.DATA))
+      for name in (assemble.DATA, finetune.BASE):
+        if (trained[0] / name).exists():
+          files.write_json(workdir / name, files.read_json(trained[0] / name))
     content = alone(bundle.load(stages[-1]))
     bundle.save(workdir / 'bundle', content)
     results = {

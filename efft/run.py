@@ -176,7 +176,7 @@ def fetch(task: str | None = None, model: str | None = None) -> dict:
   found = {}
   if task:
     if task not in TASKS:
-      raise unknown('--task', 'task', task, TASKS)
+      raise unknown('--task', 'task', task, TASKS, 'see `efft tasks`')
     data = sources.load(task)
     found |= {f'{task} {name}': f'{len(split)} examples' for name, split in data.splits.items()}
   if model:
@@ -186,8 +186,11 @@ def fetch(task: str | None = None, model: str | None = None) -> dict:
 
 def _check_output(output) -> None:
   """Refuses a file that cannot be written, before there is work that would be lost."""
-  if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():
-    raise InputError('--output', repr(str(output)), 'a file in a folder that exists', 'make it')
+  found, expected = repr(str(output)), 'a file in a folder that exists'
+  if Path(output).is_dir():
+    raise InputError('--output', f'the folder {found}', expected, 'name a file in it')
+  if not Path(output).absolute().parent.is_dir():
+    raise InputError('--output', found, expected, 'make the folder first')
 
 
 def _texts(input, columns, text_column) -> Split:

@@ -183,6 +183,10 @@ REFUSED = [
   (['fetch'], 'no flags', '--task or --model'),
   (['fetch', '--task=foo'], "unknown task 'foo'", 'see `efft tasks`'),
   ([*TRAIN, '--lr=3'], 'unknown flag --lr', 'did you mean --config.optim.lr?'),
+  ([*TRAIN, '--optim.lr=3'], 'unknown flag --optim.lr', 'did you mean --config.optim.lr?'),
+  ([*TRAIN, '--train.steps', '5'], 'unknown flag --train.steps', 'mean --config.train.steps?'),
+  ([*TRAIN, '--model.name=x'], 'unknown flag --model.name', 'did you mean --config.model.name?'),
+  ([*TRAIN, '--seed=3'], 'unknown flag --seed', 'did you mean --config.seed?'),
   ([*TRAIN, '--rank', '4'], 'unknown flag --rank', 'did you mean --config.method.lora.rank?'),
   ([*TRAIN, '--task=t'], 'unknown flag --task', 'did you mean --config=FILE:task=?'),
   (
