@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 METRICS = {'sst2': 'accuracy', 'mrpc': 'accuracy', 'cola': 'matthews', 'stsb': 'pearson'}
 METRICS |= {'r8': 'accuracy'}
 BASE, LONGER = 'base', 'float'
+SEEDS = 3
 WORDS = {
   'base': 'the run that all start from',
   'dynamic': 'int8, inputs by token at run time',
@@ -70,9 +71,11 @@ def table(records: list[dict], tasks: list[str]) -> str:
   head = ['', '', *(f'{task}, {METRICS[task]}' for task in tasks)]
   head += ['flips, %', 'outputs off by', 'MB of weights', 'MB on disk', 'runs']
   lines = ['| ' + ' | '.join(head) + ' |', '|---|---|' + '--:|' * (len(head) - 2)]
-  for variant in dict.fromkeys(r['variant'] for r in records):
+  for variant in WORDS:
     own = [r for r in records if r['variant'] == variant]
-    cells = [variant, WORDS.get(variant, '')]
+    if not own:
+      continue
+    cells = [variant, WORDS[variant]]
     for task in tasks:
       found = [score(r) for r in own if r['task'] == task]
       cells.append(mean(found) if found else '-')
@@ -138,6 +141,9 @@ def main(argv):
   tasks = [task for task in METRICS if any(r['task'] == task for r in records)]
   parts = [INTRODUCTION, table(records, tasks)]
   notes = [f'{r["variant"]} on {r["task"]}, seed {r["seed"]}: {r["error"]}' for r in failed]
+  whole = len(WORDS) * len(METRICS) * SEEDS
+  if len(records) + len(failed) < whole:
+    notes.append(f'{len(records) + len(failed)} of {whole} runs have been made.')
   heading = 'What papers say'
   text = claims.page(parts, judged(records, tasks), ABOUT, notes, len(failed), heading=heading)
   files.atomic_write(HERE / 'README.md', text)
