@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efft import bundle, files, quantize, starting, transfer, tree
 from efft import config as configs
-from efft import files, quantize, starting, transfer, tree
 from efft.data import batches, packages, sources, tokens
 from efft.data.splits import digest
 from efft.errors import InputError
@@ -23,6 +23,7 @@ from efft.qtensor import QTensor
 from efft.training import step
 
 DATA = 'data.json'  # of a run folder: {split: sha256}
+BASE = 'base.json'  # of a run folder: {model or run that it starts or learns from: sha256}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -106,31 +107,41 @@ def own_task(run: Path, labels: Sequence[str]) -> sources.Dataset | None:
       str(run), f'the labels {", ".join(data.labels)} in the data', ', '.join(labels),
       'restore the data that the run was trained on',
     )  # fmt: skip
-  if known := _known_data(Path(run)):
-    _check_data(run, known, {'train': digest({'train': data.splits['train']})})
+  known = _known(Path(run), DATA)
+  if 'train' in known:
+    _unchanged(run, known, {'train': digest({'train': data.splits['train']})}, ' data')
   return data
 
 
-def keep_data(run: Path, data: sources.Dataset) -> None:
-  """Writes down what a run is trained on; InputError where it was begun on something else."""
-  now = {name: digest({name: split}) for name, split in data.splits.items()}
+def keep_start(run: Path, job: 'Job') -> None:
+  """Writes down what a run begins on; InputError where it was begun on something else.
+
+  That is its data, the base model, and the runs that it starts or learns from.
+  """
+  data = {name: digest({name: split}) for name, split in job.data.splits.items()}
+  runs = [*job.config['model']['init_from'], job.config['distil']['teacher']]
+  base = {other: bundle.identity(other) for other in filter(None, runs)}
+  base[job.base.name] = job.base.sha256
   # A test split may come later: nothing hangs on it.
-  _check_data(run, _known_data(run), {name: now[name] for name in ('train', 'validation')})
-  files.write_json(run / DATA, now)
+  now = {name: data[name] for name in ('train', 'validation')}
+  _unchanged(run, _known(run, DATA), now, ' data')
+  _unchanged(run, _known(run, BASE), base)
+  files.write_json(run / DATA, data)
+  files.write_json(run / BASE, base)
 
 
-def _known_data(run: Path) -> dict[str, str]:
-  return files.read_json(run / DATA) if (run / DATA).exists() else {}
+def _known(run: Path, name: str) -> dict[str, str]:
+  return files.read_json(run / name) if (run / name).exists() else {}
 
 
-def _check_data(run, known: Mapping[str, str], now: Mapping[str, str]) -> None:
-  """Raises InputError where splits are not what they were when the run began."""
+def _unchanged(run, known: Mapping[str, str], now: Mapping[str, str], kind: str = '') -> None:
+  """Raises InputError where something is not what it was when the run began."""
   for name, found in now.items():
     if found != known.get(name, found):
       raise InputError(
-        f'{run}, {name} data', f'sha256 {found[:12]}',
+        f'{run}, {name}{kind}', f'sha256 {found[:12]}',
         f'{known[name][:12]}, as when the run began',
-        'restore the data; or train on what there is now, into another --workdir',
+        'restore it; or train on what there is now, into another --workdir',
       )  # fmt: skip
 
 

@@ -73,8 +73,12 @@ class Classifier:
     split = Split(list(texts), None if pairs is None else list(pairs), None, rows, 'texts')
     encoded = tokens.encode(split, self.tokenizer, self.bundle.max_length)
     size = min(self.batch_size, 1 << (len(texts) - 1).bit_length())
-    rows = batches.evaluation(encoded, size)
-    return evaluate.predict(self.apply, self.variables, rows, self.devices)
+
+    def predicted(size):
+      rows = batches.evaluation(encoded, size)
+      return evaluate.predict(self.apply, self.variables, rows, self.devices)
+
+    return evaluate.in_memory(predicted, size, self.devices.size)[0]
 
   def __call__(self, texts: Sequence) -> list[dict]:
     """One record a text; see `efft.run.predict`. A text is a string, or a (text, pair) tuple."""

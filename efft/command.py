@@ -7,13 +7,21 @@ went away. An error is one line on standard error; EFFT_TRACEBACK=1 adds where i
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from efft import __version__
-from efft.errors import EfftError, EnvironmentProblem, InputError, nearest, unknown
+from efft.errors import (
+  EfftError,
+  EnvironmentProblem,
+  InputError,
+  nearest,
+  out_of_memory,
+  unknown,
+)
 
 
 class Flag(NamedTuple):
@@ -71,7 +79,7 @@ def _describe(error: Exception) -> tuple[str, int]:
   if isinstance(error, OSError) and error.strerror:
     where = repr(str(error.filename)) if error.filename else 'input or output'
     return f'{where}: {error.strerror}', EnvironmentProblem.exit_code
-  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
+  if out_of_memory(error):
     fix = 'lower config.train.batch_size, raise config.train.accumulate, or set config.model.remat'
     return f'out of memory; {fix}', EnvironmentProblem.exit_code
   hint = '' if os.environ.get('EFFT_TRACEBACK') else '; EFFT_TRACEBACK=1 shows where'
@@ -158,13 +166,13 @@ def _config_flag(verb: Verb) -> Flag | None:
   return next((flag for flag in verb.flags if flag.name == CONFIG.name), None)
 
 
-def _unknown_flag(verb: str, name: str, known: list[str], see: str, fields=()) -> InputError:
+def _unknown_flag(verb: str, name: str, known: list[str], see: str, may_be=()) -> InputError:
   expected = f'one of {", ".join(known)}' if known else 'no flags'
   fix = _did_you_mean(f'--{name}', known, see)
-  if fields:
+  if may_be:
     from efft.config import SHORT, flags_of
 
-    flags = f'--config=FILE:{name}=' if name in SHORT else flags_of(name, fields)
+    flags = f'--config=FILE:{name}=' if name in SHORT else flags_of(name, may_be)
     fix = f'did you mean {flags}?' if flags else fix
   return InputError(f'efft {verb}', f'unknown flag --{name}', expected, fix)
 
@@ -240,7 +248,36 @@ def _verb_help(name: str, verb: Verb, args: list[str], everything: bool) -> str:
     from efft import config
 
     spec, _ = _take_spec(args)
-    lines += ['', config.describe(config.load(spec) if spec else None)]
+    lines += ['', fields(config.load(spec) if spec else None)]
   elif verb.more:
     lines += ['', verb.more]
   return '\n'.join(lines).rstrip()
+
+
+def fields(config=None) -> str:
+  """The fields of all configs, a line each: --config.NAME=default, then what it is and may be.
+
+  With a config of `efft.config.load`, then its own methods, groups and stages, as it has them.
+  """
+  from efft import config as configs
+  from efft.fields import FIELDS, RULES, TABLE
+
+  lines = []
+  for name, field in FIELDS.items():
+    shown = '...' if field.check in (RULES, TABLE) or name == 'task.name' else repr(field.default)
+    takes = f'; {field.check.expected}' if 'one of ' in field.check.expected else ''
+    lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about + takes)
+  if config is not None:
+    lines += ['', "  This config's methods, groups (None: as in config.optim) and stages:"]
+    own = tuple(f'{table}.' for table in configs.OPEN)
+    for name, value in configs.paths(config).items():
+      if name.startswith(own) and not hasattr(value, 'items'):
+        lines.append(f'  --config.{name}={_typed(value)}')
+  return '\n'.join(lines)
+
+
+def _typed(value: Any) -> str:
+  """A value as it is typed in a shell."""
+  if isinstance(value, str):
+    return shlex.quote(value)
+  return f'"{value!r}"' if isinstance(value, list | tuple) else repr(value)

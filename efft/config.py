@@ -19,7 +19,6 @@ import copy
 import hashlib
 import json
 import re
-import shlex
 import traceback
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from efft import functions
-from efft.errors import InputError, meant, nearest, unknown
-from efft.fields import FIELDS, RULES, TABLE, Field
+from efft.errors import InputError, alike, meant, nearest, unknown
+from efft.fields import FIELDS, TABLE, Field
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -74,9 +73,7 @@ def default(arg: str = '') -> ConfigDict:
 
 def flags_of(part: str, names) -> str:
   """'--config.optim.lr' for 'lr': the fields of `names` that end so, ' or ' between; '' if none."""
-  last = part.rpartition('.')[2]
-  same = [name for name in names if f'.{name}'.endswith(f'.{last}')]
-  return ' or '.join(f'--config.{name}' for name in meant(part, same))
+  return ' or '.join(f'--config.{name}' for name in meant(part, alike(part, names)))
 
 
 def _assign(config: ConfigDict, name: str, value: Any) -> None:
@@ -399,29 +396,3 @@ def difference(old: dict, new: dict) -> str:
     return repr(side[key]) if key in side else 'absent'
 
   return ', '.join(f'{key[1:]} {show(a, key)} -> {show(b, key)}' for key in changed)
-
-
-def describe(config: ConfigDict | None = None) -> str:
-  """The table as text, one field a line: --config.NAME=default, then what it is and may be.
-
-  With a config of `load`, then its own methods, groups and stages, as it has them.
-  """
-  lines = []
-  for name, field in FIELDS.items():
-    shown = '...' if field.check in (RULES, TABLE) or name == 'task.name' else repr(field.default)
-    takes = f'; {field.check.expected}' if 'one of ' in field.check.expected else ''
-    lines.append(f'  --config.{name}={shown}'.ljust(44) + field.about + takes)
-  if config is not None:
-    lines += ['', "  This config's methods, groups (None: as in config.optim) and stages:"]
-    own = tuple(f'{table}.' for table in OPEN)
-    for name, value in paths(config).items():
-      if name.startswith(own) and not isinstance(value, ConfigDict):
-        lines.append(f'  --config.{name}={_typed(value)}')
-  return '\n'.join(lines)
-
-
-def _typed(value: Any) -> str:
-  """A value as it is typed in a shell."""
-  if isinstance(value, str):
-    return shlex.quote(value)
-  return f'"{value!r}"' if isinstance(value, list | tuple) else repr(value)

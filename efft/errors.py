@@ -44,6 +44,11 @@ class Preempted(EfftError):
   exit_code = 75
 
 
+def out_of_memory(error: BaseException) -> bool:
+  """Whether it is the host's or (by XLA's words) the device's memory that an error is about."""
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+
+
 def nearest(name: str, names, cutoff: float = 0.6) -> str:
   """The closest of `names`, or ''; letters that changed places come before other ones."""
   names, letters = list(names), sorted(name)
@@ -51,14 +56,18 @@ def nearest(name: str, names, cutoff: float = 0.6) -> str:
   return next(iter(difflib.get_close_matches(name, turned or names, 1, cutoff)), '')
 
 
+def alike(name: str, names) -> list[str]:
+  """What of dotted `names` ends in the same part: 'optim.lr' for 'lr' and for 'train.lr'."""
+  part = name.rpartition('.')[2]
+  return sorted(other for other in names if f'.{other}'.endswith(f'.{part}'))
+
+
 def meant(name: str, names) -> list[str]:
   """What of dotted `names` somebody may have meant; [] if nothing.
 
-  What ends in the same part: 'optim.lr' for 'lr' or 'train.lr', the shortest unless one is near.
-  Else the nearest.
+  What ends in the same part, the shortest unless one is near; else the nearest.
   """
-  part = name.rpartition('.')[2]
-  same = sorted(other for other in names if f'.{other}'.endswith(f'.{part}'))
+  same = alike(name, names)
   if '.' in name or not same:
     close = nearest(name, same) or nearest(name, names)
     return [close] if close else same

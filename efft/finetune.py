@@ -30,14 +30,13 @@ from efft import (
 from efft import config as configs
 from efft.assemble import Job
 from efft.data import batches
-from efft.errors import EnvironmentProblem, InputError
+from efft.errors import InputError, out_of_memory
 from efft.eval import evaluate as scoring
 from efft.models import quantized
 from efft.teacher import Teacher
 from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
-BASE = 'base.json'  # of a run folder: {model or run that it starts from: sha256}
 LOOKED_AT = 64  # batches, to say which width is the usual one
 NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
@@ -87,26 +86,9 @@ def train(config, workdir, *, resume: str = 'auto') -> dict:
 
 def describe(job: Job, workdir: Path) -> None:
   """What a run folder has from the start; InputError where data or model have changed since."""
-  assemble.keep_data(workdir, job.data)
-  _keep_base(job, workdir)
+  assemble.keep_start(workdir, job)
   files.write_json(workdir / 'config.json', job.config)
   files.write_json(workdir / 'environment.json', environment.describe())
-
-
-def _keep_base(job: Job, workdir: Path) -> None:
-  """Writes down what a run starts from; InputError where it was begun on something else."""
-  runs = [*job.config['model']['init_from'], job.config['distil']['teacher']]
-  now = {run: bundle.identity(run) for run in filter(None, runs)}
-  now |= {job.base.name: job.base.sha256}
-  known = files.read_json(workdir / BASE) if (workdir / BASE).exists() else {}
-  for name, found in now.items():
-    if found != known.get(name, found):
-      raise InputError(
-        f'{workdir}, {name}', f'sha256 {found[:12]}',
-        f'{known[name][:12]}, as when the run began',
-        'restore it; or train on what there is now, into another --workdir',
-      )  # fmt: skip
-  files.write_json(workdir / BASE, now)
 
 
 def finish(job: Job, results: dict, workdir: Path) -> None:
@@ -150,16 +132,12 @@ def _fit_in_memory(
       return _fit(job, guide, devices, workdir, console, first, pieces)
     except (MemoryError, RuntimeError) as error:
       fits = 2 * pieces <= job.config['train']['batch_size']
-      if not fits or not _exhausted(error):
+      if not fits or not out_of_memory(error):
         raise
     # Outside of the handler, whose traceback keeps the arrays of the failed attempt alive.
     pieces *= 2
     rows = job.config['train']['batch_size'] // pieces
     log.warning('out of memory: going on with %d micro-batches of %d examples', pieces, rows)
-
-
-def _exhausted(error: Exception) -> bool:
-  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def _fit(
@@ -206,29 +184,18 @@ def _fit(
 
   at_once = config['eval']['batch_size']
 
-  def predicted(state, part):
-    return scoring.predict(
-      lambda weights, batch: logits(weights, frozen, batch),
-      state.weights, batches.evaluation(part, at_once), devices,
-    )  # fmt: skip
-
   def evaluate(state, split='validation'):
     nonlocal at_once
-    part, scores = job.encoded[split], None
-    while scores is None:
-      try:
-        scores = predicted(state, part)
-      except (MemoryError, RuntimeError) as error:
-        if not _exhausted(error) or jax.process_count() > 1:
-          raise  # several hosts have to do the same
-        if at_once <= devices.size:
-          # Not for `_fit_in_memory`: smaller steps are of no help.
-          raise EnvironmentProblem(
-            f'out of memory in an evaluation of {at_once} examples; lower config.model.max_length'
-          ) from None
-      if scores is None:
-        at_once = max(devices.size, at_once // 2)
-        log.warning('out of memory: going on with evaluations of %d examples at once', at_once)
+    part = job.encoded[split]
+
+    def predicted(size):
+      return scoring.predict(
+        lambda weights, batch: logits(weights, frozen, batch),
+        state.weights, batches.evaluation(part, size), devices,
+      )  # fmt: skip
+
+    # Here, not by `_fit_in_memory`: smaller steps are of no help.
+    scores, at_once = scoring.in_memory(predicted, at_once, devices.size)
     return scoring.score(names, losses.build(kind), part.labels, scores, kind)
 
   start = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

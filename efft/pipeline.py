@@ -168,7 +168,7 @@ def _stages(config: dict, workdir: Path, resume: str, run: Path | None) -> dict:
     rows = list(_carry_out(plan, workdir, run))
     stages = [workdir / 'stages' / row['stage'] for row in rows]
     if trained := [folder for folder in stages if (folder / assemble.DATA).exists()]:
-      for name in (assemble.DATA, finetune.BASE):
+      for name in (assemble.DATA, assemble.BASE):
         if (trained[0] / name).exists():
           files.write_json(workdir / name, files.read_json(trained[0] / name))
     content = alone(bundle.load(stages[-1]))

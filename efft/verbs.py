@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from efft.errors import EfftError, InputError, unknown
+from efft.errors import EfftError, InputError
 
 # What `efft recommend` keeps to.
 LIMITS = {
@@ -136,12 +136,6 @@ def inspect(config):
 def fetch(task, model):
   if not task and not model:
     raise InputError('efft fetch', 'no flags', '--task or --model', 'name what to fetch')
-  prepare()
-  if task:
-    from efft.data.tasks import TASKS
-
-    if task not in TASKS:
-      raise unknown('--task', 'task', task, TASKS, 'see `efft tasks`')
   _show(_run().fetch(task, model))
 
 

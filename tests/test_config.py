@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from efft import config, functions
+from efft import command, config, functions
 from efft.errors import InputError
 from efft.fields import FIELDS
 
@@ -286,5 +286,5 @@ def test_an_example_of_a_list_is_one():
 
 
 def test_help_names_every_field():
-  text = config.describe()
+  text = command.fields()
   assert all(f'--config.{name}=' in text for name in FIELDS)

@@ -333,6 +333,10 @@ def test_evaluations_that_do_not_fit_are_cut(data, tmp_path, capfd, monkeypatch)
   assert whole == cut
 
 
+def test_a_task_that_there_is_not(capsys):
+  assert 'see `efft tasks`' in refuse(capsys, 'fetch', '--task=foo')
+
+
 def test_output_is_looked_at_before_there_is_work(tmp_path, capsys):
   for output in (tmp_path, tmp_path / 'no' / 'out.jsonl'):
     line = refuse(capsys, 'predict', '--run=/no/such', f'--input={__file__}', f'--output={output}')

@@ -181,7 +181,6 @@ REFUSED = [
   (['evaluate', '--run='], '--run: found nothing', ''),
   (['predict', '--run=r', '--text_column=c'], '--text_column', '--input'),
   (['fetch'], 'no flags', '--task or --model'),
-  (['fetch', '--task=foo'], "unknown task 'foo'", 'see `efft tasks`'),
   ([*TRAIN, '--lr=3'], 'unknown flag --lr', 'did you mean --config.optim.lr?'),
   ([*TRAIN, '--optim.lr=3'], 'unknown flag --optim.lr', 'did you mean --config.optim.lr?'),
   ([*TRAIN, '--train.steps', '5'], 'unknown flag --train.steps', 'mean --config.train.steps?'),

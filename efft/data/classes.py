@@ -32,9 +32,7 @@ def keys_of(table: Table, values: Sequence, kind: str) -> list[tuple[str, ...]]:
       raise InputError(
         table.at(nan), f'the label {values[nan[0]]!r}', 'a label in every row', 'correct those rows'
       )
-    rows = [(written(value),) for value in values]
-    _refuse_broken(table, rows)
-    return rows
+    return [(written(value),) for value in values]
   rows = []
   for i, value in enumerate(values):
     parts = (
@@ -55,16 +53,7 @@ def keys_of(table: Table, values: Sequence, kind: str) -> list[tuple[str, ...]]:
         'give names, or one 0/1 column a class (label=a+b+c)',
       )
     rows.append(names)
-  _refuse_broken(table, rows)
   return rows
-
-
-def _refuse_broken(table: Table, rows: Sequence[tuple[str, ...]]) -> None:
-  broken = [i for i, row in enumerate(rows) if not all(map(encodes, row))]
-  if broken:
-    raise InputError(
-      table.at(broken), 'half of a surrogate pair in a label', 'valid Unicode', 'correct those rows'
-    )
 
 
 def encodes(text: str) -> bool:
@@ -85,6 +74,10 @@ def assign(
 
   `given` names are in class order; where the labels are no such names but integers, they are ids.
   """
+  for split, rows in keys.items():
+    if broken := [i for i, row in enumerate(rows) if not all(map(encodes, row))]:
+      where, found = tables[split].at(broken), 'half of a surrogate pair in a label'
+      raise InputError(where, found, 'valid Unicode', 'correct those rows')
   trained = {name for row in keys['train'] for name in row}
   if len(trained) < (2 if kind == 'single' else 1):
     raise InputError(

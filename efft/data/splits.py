@@ -88,7 +88,8 @@ def carve(
   order = [members[g] for g in seeded('carve', seed).permutation(len(members))]
   strata: dict[int, list[list[int]]] = {}
   pinned = 1
-  if labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+  single = labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+  if single:
     for group in order:
       strata.setdefault(int(labels[group[0]]), []).append(group)
   elif labels is not None and labels.ndim == 2:
@@ -114,7 +115,7 @@ def carve(
     if not part and len(rest[largest]) > pinned:
       part.append(rest[largest].pop())
   kept = [group for left in rest.values() for group in left]
-  if pinned == 1 and labels is not None and np.issubdtype(labels.dtype, np.integer):
+  if single:
     _bring_back(kept, parts, labels)
   return [
     np.sort([i for group in chosen for i in group]).astype(np.int64) for chosen in (kept, *parts)

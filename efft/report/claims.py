@@ -9,6 +9,7 @@ sign of the whole.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import pandas as pd
@@ -72,6 +73,20 @@ def markdown(claims: Sequence[Claim]) -> str:
   lines = ['| claim | here | |', '|---|---|---|']
   lines += ['| ' + ' | '.join(map(cell, claim)) + ' |' for claim in claims]
   return '\n'.join(lines) + '\n'
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+  """'81.2 ± 0.4': mean and standard deviation; '-' of nothing."""
+  if not values:
+    return '-'
+  sd = stdev(values) if len(values) > 1 else 0.0
+  return f'{fmean(values):.{digits}f} ± {sd:.{digits}f}'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence], words: int) -> str:
+  """A pipe table whose first `words` columns are not numbers."""
+  lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * words + '--:|' * (len(head) - words)]
+  return '\n'.join([*lines, *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)])
 
 
 def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str]) -> list[str]:

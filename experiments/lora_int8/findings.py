@@ -44,16 +44,9 @@ def scores(found: list[dict]) -> dict[tuple, dict[str, float]]:
   return scored
 
 
-def mean(values: list[float]) -> str:
-  if not values:
-    return '-'
-  spread = statistics.stdev(values) if len(values) > 1 else 0.0
-  return f'{statistics.mean(values):.2f} ± {spread:.2f}'
-
-
 def table(found: list[dict], scored: dict) -> str:
   head = ('task', 'base', 'validation', 'test', 'step, ms', 'step, MB', 'with base, MB', 'seeds')
-  lines = ['| ' + ' | '.join(head) + ' |', '|---|---|' + '--:|' * (len(head) - 2)]
+  lines = []
   for task in TASKS:
     for arm in ARMS:
       cells = {key[2]: own for key, own in scored.items() if key[:2] == (task, arm)}
@@ -63,11 +56,14 @@ def table(found: list[dict], scored: dict) -> str:
         values = [r[section][name] for r in of if r[section].get(name) is not None]
         return f'{scale * statistics.median(values):.1f}' if values else '-'
 
-      parts = [mean([own[s] for own in cells.values() if s in own]) for s in ('validation', 'test')]
+      parts = [
+        claims.spread([own[split] for own in cells.values() if split in own], 2)
+        for split in ('validation', 'test')
+      ]
       parts += [median('train', 'step_ms'), median('memory_mb', 'step')]
       parts += [median('bytes', 'whole', scale=1e-6), str(len(cells))]
-      lines.append(f'| {task} | {arm} | ' + ' | '.join(parts) + ' |')
-  return '\n'.join(lines)
+      lines.append((task, arm, *parts))
+  return claims.table(head, lines, 2)
 
 
 def judged(scored: dict) -> list[claims.Claim]:

@@ -42,22 +42,11 @@ Validation accuracy without what each score would remove, and nothing trained af
 """
 
 
-def mean(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
-  spread = statistics.stdev(values) if len(values) > 1 else 0.0
-  return f'{scale * statistics.mean(values):.{digits}f} ± {scale * spread:.{digits}f}'
-
-
 def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
   found: dict = {}
   for record in records:
     found.setdefault(tuple(record.get(name) for name in names), []).append(record)
   return found
-
-
-def markdown(head: tuple[str, ...], rows: list[tuple], words: int) -> str:
-  """A pipe table whose first `words` columns are not numbers."""
-  lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * words + '--:|' * (len(head) - words)]
-  return '\n'.join([*lines, *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)])
 
 
 def described(chain: str, stage: str) -> tuple[str, bool]:
@@ -105,8 +94,8 @@ def goal(rows: list[dict]) -> str:
     kept = statistics.mean(best['kept'])
     verdict = 'reached' if kept >= KEPT else f'missed by {KEPT - kept:.1f} points'
     lines.append(
-      f'- {task}: `{best["chain"]}` ({best["stage"]}), {mean(best["kept"])} % at '
-      f'{mean(best["speedup"], digits=2)} times the speed: {verdict}.'
+      f'- {task}: `{best["chain"]}` ({best["stage"]}), {claims.spread(best["kept"])} % at '
+      f'{claims.spread(best["speedup"], 2)} times the speed: {verdict}.'
     )
   return '\n'.join(lines)
 
@@ -194,17 +183,21 @@ def main(argv):
   rows = points(records)
   unpruned = grouped([r for r in records if r['chain'] == 'base'], 'task')
   lines = [
-    (task, 'unpruned', '', '1', '1', mean([r['test'] for r in own], 100), '100',
+    (task, 'unpruned', '', '1', '1', claims.spread([100 * r['test'] for r in own]), '100',
      f'{own[0]["nonzero"] / 1e6:.1f}', len(own))
     for (task,), own in unpruned.items()
   ]  # fmt: skip
   lines += [
-    (r['task'], r['chain'], r['stage'], mean(r['speedup'], digits=2), mean(r['alone'], digits=2),
-     mean(list(r['test'].values())), mean(r['kept']), f'{r["nonzero"]:.1f}', r['seeds'])
+    (
+      *(r[name] for name in ('task', 'chain', 'stage')),
+      *(claims.spread(r[name], 2) for name in ('speedup', 'alone')),
+      claims.spread(list(r['test'].values())), claims.spread(r['kept']),
+      f'{r["nonzero"]:.1f}', r['seeds'],
+    )
     for r in rows
   ]  # fmt: skip
   head = ('task', 'chain', 'stage', 'speed-up, 32 x 64', '1 x 64', 'test', '% of the unpruned')
-  table = markdown((*head, 'M not 0', 'seeds'), sorted(lines, key=lambda line: line[0]), 3)
+  table = claims.table((*head, 'M not 0', 'seeds'), sorted(lines, key=lambda line: line[0]), 3)
 
   curves = grouped(
     [r for r in records if r['chain'] == 'curve'], 'task', 'structure', 'score', 'share'
@@ -212,13 +205,13 @@ def main(argv):
   lines = []
   for task, structure, score in sorted({key[:3] for key in curves}):
     shares = sorted(key[3] for key in curves if key[:3] == (task, structure, score))
-    cells = (
-      f'{mean([r["validation"] for r in curves[task, structure, score, s]], 100)} ({s:.0%})'
-      for s in shares
-    )
+    cells = []
+    for share in shares:
+      found = [100 * r['validation'] for r in curves[task, structure, score, share]]
+      cells.append(f'{claims.spread(found)} ({share:.0%})')
     lines.append((task, structure, score, ', '.join(cells)))
   head = ('task', 'structure', 'score', 'accuracy (share removed)')
-  scored = markdown(head, lines, 4)
+  scored = claims.table(head, lines, 4)
 
   for name, spec in (('speedup', against_speed(rows)), ('scores', by_score(curves))):
     png, svg = plots.pictures(spec)

@@ -58,11 +58,6 @@ mean for these tasks (Welch's t over seeds), and in how many tasks the mean has 
 whole. A claim whose interval holds 0 cannot be told."""
 
 
-def mean(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
-  spread = statistics.stdev(values) if len(values) > 1 else 0.0
-  return f'{scale * statistics.mean(values):.{digits}f} ± {scale * spread:.{digits}f}'
-
-
 def score(record: dict) -> float:
   return 100 * record['metrics'][METRICS[record['task']]]
 
@@ -70,7 +65,7 @@ def score(record: dict) -> float:
 def table(records: list[dict], tasks: list[str]) -> str:
   head = ['', '', *(f'{task}, {METRICS[task]}' for task in tasks)]
   head += ['flips, %', 'outputs off by', 'MB of weights', 'MB on disk', 'runs']
-  lines = ['| ' + ' | '.join(head) + ' |', '|---|---|' + '--:|' * (len(head) - 2)]
+  lines = []
   for variant in WORDS:
     own = [r for r in records if r['variant'] == variant]
     if not own:
@@ -78,16 +73,16 @@ def table(records: list[dict], tasks: list[str]) -> str:
     cells = [variant, WORDS[variant]]
     for task in tasks:
       found = [score(r) for r in own if r['task'] == task]
-      cells.append(mean(found) if found else '-')
+      cells.append(claims.spread(found))
     flips = [100 * r['flips'] for r in own if 'flips' in r and r['task'] != 'stsb']
     error = [r['off'] for r in own if r.get('off') is not None]
     cells += [
-      mean(flips) if flips else '-', f'{statistics.mean(error):.2%}' if error else '-',
+      claims.spread(flips), f'{statistics.mean(error):.2%}' if error else '-',
       f'{statistics.mean(r["whole_mb"] for r in own):.1f}',
       f'{statistics.mean(r["disk_mb"] for r in own):.1f}', str(len(own)),
     ]  # fmt: skip
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines)
+    lines.append(cells)
+  return claims.table(head, lines, 2)
 
 
 def judged(records: list[dict], tasks: list[str]) -> list[claims.Claim]:
