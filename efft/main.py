@@ -22,7 +22,11 @@ Any field of the config can be set: --config.optim.lr=3e-4 --config.method.lora.
 
 RECORDS = Flag('runs', 'records.jsonl, or folders with one: runs/a,runs/b', None, True)
 SCORED = Flag(
-  'split', 'report: the half of validation that chose nothing', 'report', False, ('report', 'test')
+  'split',
+  'report: the half of validation that chose nothing; held_out: test, else that',
+  'report',
+  False,
+  ('report', 'test', 'held_out'),
 )
 
 WORKDIR = Flag('workdir', 'run folder to make, or to continue', None, True)

@@ -176,6 +176,27 @@ def test_validation_chooses_and_the_other_half_is_shown(tmp_path):
   assert row['mean'] == pytest.approx(0.69) and row['setting'] == 'optim.lr=0.001'
 
 
+def test_held_out_is_the_test_split_of_tasks_all_of_whose_runs_have_it(tmp_path):
+  made = [
+    make.record(arm, seed, 0.8, task=task)
+    for arm in ('full', 'lora')
+    for seed in (0, 1)
+    for task in ('sst2', 'cola', 'mrpc')
+  ]
+  for each in made:
+    if each['task'] == 'cola' or (each['task'], each['arm'], each['seed']) == ('mrpc', 'lora', 1):
+      del each['metrics']['test']
+  rows, _ = chosen(tmp_path, made, 'held_out')
+  assert {key: (row['split'], round(row['mean'], 2)) for key, row in rows.iterrows()} == {
+    ('sst2', 'full'): ('test', 0.79),
+    ('sst2', 'lora'): ('test', 0.79),
+    ('cola', 'full'): ('report', 0.8),
+    ('cola', 'lora'): ('report', 0.8),
+    ('mrpc', 'full'): ('report', 0.8),
+    ('mrpc', 'lora'): ('report', 0.8),
+  }
+
+
 def test_a_study_is_summarised_as_a_loop_does(tmp_path):
   made = make.study(seeds=range(4), rates=(1e-3, 3e-4, 1e-4))
   rows, _ = chosen(tmp_path, made)

@@ -1,14 +1,15 @@
 """What a paper claims, set against records: agrees, disagrees, or cannot be told.
 
-A claim is about the mean of some differences: that it is above 0, below 0, or within a margin of
-it. Differences come in groups, one a task, of a value for each seed; tasks count alike. The claim
-is judged by the 95 % interval of that mean for these tasks (`statistics.stratified`), so that few
-or scattered differences decide nothing; what is found says too in how many tasks the mean has the
-sign of the whole.
+A claim is about the mean of some differences: that it is above 0, below 0, within a margin of it,
+or not beyond it on one side. Differences come in groups, one a task, of a value for each seed;
+tasks count alike. The claim is judged by the 95 % interval of that mean for these tasks
+(`statistics.stratified`), so that few or scattered differences decide nothing; what is found says
+too in how many tasks the mean has the sign of the whole.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from efft.report import statistics
 from efft.report.tables import cell
 
 AGREES, DISAGREES, OPEN = 'agrees', 'disagrees', 'cannot be told'
-EXPECTED = ('more', 'less', 'same')
+EXPECTED = ('more', 'less', 'same', 'not less', 'not more')
 
 
 class Claim(NamedTuple):
@@ -42,7 +43,9 @@ def judge(
 
   'more' agrees where the whole interval is above 0 and disagrees where all of it is below, 'less'
   the other way round; 'same' agrees where the interval is within `margin` of 0 and disagrees where
-  the two do not meet. Of fewer than three differences nothing can be told.
+  the two do not meet. 'not less' agrees where the whole interval is above -margin and disagrees
+  where all of it is below that; 'not more' the other way round. Of fewer than three differences
+  nothing can be told.
 
   Raises:
     InputError: an expectation that there is not.
@@ -61,10 +64,13 @@ def judge(
   if math.isnan(low):
     return Claim(text, f'{mean:+.1f}{unit} ({sizes})', OPEN)
   found = f'{mean:+.1f}{unit} ({low:+.1f} to {high:+.1f}, {sizes})'
-  if expected == 'same':
-    agrees, disagrees = -margin <= low and high <= margin, high < -margin or low > margin
-  else:
-    agrees, disagrees = (low > 0, high < 0) if expected == 'more' else (high < 0, low > 0)
+  agrees, disagrees = {
+    'more': (low > 0, high < 0),
+    'less': (high < 0, low > 0),
+    'same': (-margin <= low and high <= margin, high < -margin or low > margin),
+    'not less': (low >= -margin, high < -margin),
+    'not more': (high <= margin, low > margin),
+  }[expected]
   return Claim(text, found, AGREES if agrees else DISAGREES if disagrees else OPEN)
 
 
@@ -89,18 +95,36 @@ def table(head: Sequence[str], rows: Iterable[Sequence], words: int) -> str:
   return '\n'.join([*lines, *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)])
 
 
-def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str]) -> list[str]:
+def flat(row) -> bool:
+  """Whether all seeds of a row of `selection.choose` score alike, or none above 0: one class."""
+  values = list(row['values'].values())
+  return len(values) > 1 and (max(values) <= 0 or max(values) == min(values))
+
+
+def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str], mark: str = '') -> list[str]:
   """Cells of a table: the arm's mean and sd on each task, x 100, and the average where it has all.
 
   Args:
     rows: of `selection.choose`.
     arm: one of theirs, or one that has no runs yet.
     tasks: the columns.
+    mark: behind scores that are `flat`.
   """
-  own = rows[rows['arm'] == arm].set_index('task')
-  means, spreads = 100 * own['mean'], 100 * own['sd']
-  cells = [f'{means[t]:.1f} ± {spreads[t]:.1f}' if t in own.index else '-' for t in tasks]
-  return [*cells, '-' if '-' in cells else f'{means.mean():.1f}']
+  own, cells, tasks = rows[rows['arm'] == arm].set_index('task'), [], list(tasks)
+  for task in tasks:
+    if task in own.index:
+      row = own.loc[task]
+      text = f'{100 * row["mean"]:.1f} ± {100 * row["sd"]:.1f}'
+      cells.append(text + mark if flat(row) else text)
+    else:
+      cells.append('-')
+  return [*cells, '-' if '-' in cells else f'{100 * own.loc[tasks, "mean"].mean():.1f}']
+
+
+def pictures(folder: Path) -> str:
+  """Markdown that shows the plots of a report in folder/report; nothing where there is none."""
+  found = sorted((folder / 'report' / 'plots').glob('*.svg'))
+  return '\n'.join(f'![{file.stem}](report/plots/{file.name})' for file in found)
 
 
 def page(
@@ -117,4 +141,4 @@ def page(
   if failed:
     end.append(f'{failed} runs failed or diverged.')
   sections = [*parts, f'## {heading}', markdown(judged), about, *end]
-  return '\n\n'.join(section.strip('\n') for section in sections) + '\n'
+  return '\n\n'.join(section.strip('\n') for section in sections if section) + '\n'

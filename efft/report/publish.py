@@ -42,7 +42,8 @@ def report(
     output: folder to make; an earlier report there is replaced, anything else refused.
     against: runs that these are compared with, arm by arm.
     baseline: arm that the others are tested against; without it, 'full' or what trains the most.
-    split: 'report', the half of the validation split that chose nothing, or 'test'.
+    split: 'report', the half of the validation split that chose nothing, or 'test', or
+      'held_out', test where there is one.
     title: heading.
 
   Returns:

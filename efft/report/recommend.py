@@ -48,7 +48,7 @@ def recommend(
     runs: as `records.read` takes them.
     task: of the records; needed where they hold several.
     output: folder to make, with the config, and the recommendation as Markdown and JSON.
-    split: 'report' or 'test'.
+    split: 'report', 'test' or 'held_out' (`selection.settings`).
     max_latency_ms: median time of a call on latency_batch examples of latency_length tokens each;
       without these, one example of 128 tokens, or the nearest that was measured.
     max_size_mb: of the whole model on disk, or with size='bundle' of what is beside its base.

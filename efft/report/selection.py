@@ -14,7 +14,8 @@ from efft.errors import InputError, unknown
 from efft.report import costs, statistics
 from efft.report.records import GROUP, Runs
 
-SPLITS = ('report', 'test')
+MEASURED = ('report', 'test')
+SPLITS = (*MEASURED, 'held_out')
 
 
 class Settings(NamedTuple):
@@ -43,8 +44,9 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
 
   Args:
     runs: what was read.
-    split: 'report', the half of the validation split that chose nothing, or 'test'. An arm without
-      metrics.report is shown on the validation split itself, and a note says so.
+    split: 'report', the half of the validation split that chose nothing, or 'test', or 'held_out':
+      'test' for tasks all of whose runs have it, else 'report'. An arm without metrics.report is
+      shown on the validation split itself, and a note says so.
 
   Raises:
     InputError: no run has ended well, or none has a score on the test split.
@@ -55,8 +57,11 @@ def settings(runs: Runs, split: str = 'report') -> Settings:
   measured, notes, lines = costs.measured(runs.table), list(runs.notes), []
   failed = runs.failed[_FAILED].to_dict('records')
   shared, untested, key = {}, [], [*GROUP, 'setting']
-  for group, arm in _scores(runs).groupby(GROUP, sort=True):
-    shown = _split_of(arm, split)
+  scores = _scores(runs)
+  tested = scores.groupby('task')['has test'].all()
+  for group, arm in scores.groupby(GROUP, sort=True):
+    asked = ('test' if tested[group[0]] else 'report') if split == 'held_out' else split
+    shown = _split_of(arm, asked)
     if shown is None:
       untested.append(f'{group[2]} on {group[0]}')
       continue
@@ -169,7 +174,7 @@ def _scores(runs: Runs) -> pd.DataFrame:
   """
   table = runs.table
   frame = table[[*_FAILED, 'metric', 'higher_is_better']].copy()
-  for split in ('validation', *SPLITS):
+  for split in ('validation', *MEASURED):
     prefix = f'metrics.{split}.'
     frame[f'has {split}'] = [
       bool((runs.records[index].get('metrics') or {}).get(split)) for index in table.index
