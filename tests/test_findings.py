@@ -226,25 +226,37 @@ def test_pruning(tmp_path):
   folder.mkdir()
   shutil.copy(ROOT / 'pruning' / 'table.py', folder)
   fast, slow = 'layers_top-3+distil', 'units-0.5'
-  score = {  # chain: (validation, test, speed-up)
-    'base': (0.9, 0.8, 1.0), fast: (0.891, 0.796, 2.1), slow: (0.899, 0.9, 1.5),
-    'layers_top-3': (0.88, 0.7, 2.1), 'heads-0.5': (0.87, 0.85, 2.5),
-  }  # fmt: skip
+  score = {  # chain: (steps after the base, validation, test, speed-up)
+    'base': (0, 0.9, 0.7, 1.0),
+    'none': (150, 0.9, 0.8, 1.0),
+    'none ': (450, 0.9, 0.6, 1.0),
+    fast: (150, 0.891, 0.796, 2.1),
+    slow: (150, 0.899, 0.9, 1.5),
+    'block-5': (450, 0.8, 0.3, 1.9),
+    'layers_top-3': (150, 0.88, 0.7, 2.1),
+    'heads-0.5': (150, 0.87, 0.85, 2.5),
+    'block-5+distil': (600, 0.8, 0.6, 1.9),
+  }
   records = [
     {
-      'task': 'r8', 'seed': seed, 'steps': 300, 'chain': chain, 'stage': 's9_tune',
+      'task': 'r8', 'seed': seed, 'steps': 300, 'chain': chain.strip(),
+      'stage': 's2_tune' if steps == 450 else 's9_tune', 'steps_after': steps,
       'validation': validation, 'test': test + 0.001 * seed, 'speedup_32': speedup,
-      'speedup_1': 0.9 * speedup, 'parameters': 10**7, 'nonzero': 2 * 10**6,
+      'speedup_1': 0.9 * speedup, 'predicted_32': 1.1 * speedup, 'parameters': 10**7,
+      'kernels_nonzero': 2 * 10**6 if chain == slow else 8 * 10**6,
     }
-    for chain, (validation, test, speedup) in score.items()
+    for chain, (steps, validation, test, speedup) in score.items()
     for seed in range(3)
   ]  # fmt: skip
   curve = {'task': 'r8', 'seed': 0, 'steps': 300, 'chain': 'curve', 'structure': 'heads'}
+  curve['predicted_32'] = 1.2
   records += [
     {**curve, 'score': 'michel', 'share': share, 'validation': 1 - share} for share in (0.25, 0.5)
   ]
   others = {'task': 'r8', 'seed': 0, 'steps': 20, 'chain': 'base', 'test': 0.1}
-  records = [*records, others, {**curve, 'error': 'no room'}]
+  lost = {'task': 'r8', 'seed': 1, 'steps': 300}
+  records = [*records, others, {**lost, 'chain': 'curve', 'error': 'no room'}]
+  records.append({**lost, 'chain': fast, 'error': 'made again since'})
   random.Random(0).shuffle(records)  # as several shards leave them
   text = made(folder, 'table.py', records)
   # The one that validation chooses among the fast ones, whatever test says of the others.
@@ -253,9 +265,13 @@ def test_pruning(tmp_path):
   assert '+9.6 points (+9.6 to +9.6, n = 3)' in text
   assert 'units: a teacher' not in text
   assert (
-    '| r8 | units-0.5 | s9_tune | 1.50 ± 0.00 | 1.35 ± 0.00 | 90.1 ± 0.1 | 112.5 ± 0.0 |' in text
+    '| r8 | units-0.5 | s9_tune | 150 | 1.50 ± 0.00 | 1.35 ± 0.00 | 1.65 ± 0.00 | 90.1 ± 0.1 '
+    '| 112.5 ± 0.0 | 25 ± 0 | 3 |' in text
   )
-  assert '| r8 | heads | michel | 75.0 ± 0.0 (25%), 50.0 ± 0.0 (50%) |' in text
-  assert 'curve on r8, seed 0: no room' in text
+  # Of what trained for longer than any that is not pruned, the longest counts.
+  (row,) = re.findall(r'^\| r8 \| block-5\+distil \|.*', text, re.M)
+  assert row.split(' | ')[8] == '100.0 ± 0.0' and 'block: a teacher' not in text
+  assert '| r8 | heads | michel | 75.0 ± 0.0 (25%, 1.20), 50.0 ± 0.0 (50%, 1.20) |' in text
+  assert 'curve on r8, seed 1: no room' in text and 'made again since' not in text
   for name in ('speedup', 'scores'):
     assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG'

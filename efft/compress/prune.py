@@ -4,20 +4,15 @@ Each returns a `Prune`, which looks at the encoder as the stage before it left i
 stays of it. Options are checked before anything runs.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 
-import jax
-
-from efft import cpu, files
 from efft.compress import dead as remains
 from efft.compress import hidden as dimensions
 from efft.compress import latency, scores, select, slicing
 from efft.compress import ziplm as zip_lm
 from efft.compress.base import Keep, Prune, Smaller, Subject
-from efft.data import packages, vocabulary
+from efft.data import vocabulary
 from efft.errors import nearest
 from efft.models import hub
 from efft.peft import base as peft
@@ -194,10 +189,11 @@ def ziplm(
 
   def act(subject: Subject) -> Smaller:
     dense = subject.dense or subject.cfg
-    table = _table(dense, batch, length, dtype)
+    table = latency.known(dense, batch, length, dtype)
     before = table.predict(dense)
     if (subject.cfg.hidden, subject.cfg.head_dim) != (table.hidden, table.head_dim):
-      table = _table(subject.cfg, batch, length, dtype)  # blocks as narrow as they are by now
+      # Blocks as narrow as they are by now.
+      table = latency.known(subject.cfg, batch, length, dtype)
     found = zip_lm.ziplm(
       subject,
       speedup,
@@ -255,18 +251,3 @@ def _merged(subject: Subject) -> dict:
   if 'delta' in subject.variables:
     params = peft.merge(subject.net.deltas, params, subject.variables['delta'])
   return {'params': params}
-
-
-def _table(cfg, batch: int, length: int, dtype: str) -> latency.Table:
-  shape = cfg.hidden, cfg.head_dim, max(cfg.heads), max(cfg.mlp), cfg.vocab_size, cfg.embed_dim
-  shape += cfg.architecture, cfg.activation
-  device = jax.devices()[0].device_kind, jax.device_count(), jax.__version__
-  device += cpu.name(), cpu.cores()  # jax calls every processor 'cpu'
-  key = repr((shape, batch, length, dtype, device)).encode()
-  entry = packages.cache_root() / 'latency' / hashlib.sha256(key).hexdigest()
-  if (known := files.read_sealed(entry)) is not None:
-    return latency.Table.from_dict(json.loads(known))
-  log.info('measuring what blocks cost at %d x %d tokens', batch, length)
-  table = latency.measure(cfg, batch, length, dtype)
-  files.write_sealed(entry, json.dumps(table.to_dict()).encode(), 'latency')
-  return table

