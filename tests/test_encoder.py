@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scipy import stats
 
 from efft import tree
 from efft.models import dots
 from efft.models.encoder import HEADS, Encoder, EncoderConfig, init_params
-from efft.models.layers import Hooks
+from efft.models.layers import ACTIVATIONS, Hooks
 from efft.peft import base
 
 ROBERTA = dataclasses.replace(
@@ -248,3 +249,16 @@ def test_a_table_of_one_token_type_serves_both_texts():
   first, second = (model.apply(params, ids, mask, np.full_like(ids, i)) for i in range(2))
   assert np.isfinite(first).all()
   np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-6), ('bfloat16', 1e-2)])
+def test_gelu_and_its_gradient_are_the_definition(dtype, tolerance):
+  x = jnp.asarray(np.linspace(-12, 12, 2001), dtype)
+  gelu, exact = ACTIVATIONS['gelu'], np.float64(x)
+  y, back = jax.vjp(gelu, x)
+  assert y.dtype == x.dtype and gelu(x).dtype == x.dtype
+  np.testing.assert_allclose(np.float64(y), exact * stats.norm.cdf(exact), tolerance, tolerance)
+  slope = stats.norm.cdf(exact) + exact * stats.norm.pdf(exact)
+  for found in (back(jnp.ones_like(y))[0], jax.jvp(gelu, (x,), (jnp.ones_like(x),))[1]):
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(np.float64(found), slope, tolerance, tolerance)

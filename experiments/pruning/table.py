@@ -40,9 +40,9 @@ which save space and no time. Made by `run.py` and `table.py`.
 UNTRAINED = """## What scores choose
 
 Validation accuracy without what each score would remove, and nothing trained afterwards (12.5, 25,
-50 and 75 % of all heads or units; one to four of six layers), in bfloat16, against the speed-up that
-the latency table gives for 32 texts of 64 tokens. `obs` removes by reconstruction, at least so many, and is
-the only one that changes the weights that stay.
+50 and 75 % of all heads or units; one to four of six layers), in bfloat16, against the speed-up
+that the latency table gives for 32 texts of 64 tokens. `obs` removes by reconstruction, at least so
+many, and is the only one that changes the weights that stay.
 
 ![Validation accuracy by score](scores.png)
 """
