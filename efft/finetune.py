@@ -38,7 +38,6 @@ from efft.training import loop, losses, optim, prepare, step
 
 log = logging.getLogger(__name__)
 LOOKED_AT = 64  # batches, to say which width is the usual one
-NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
 
 def train(config, workdir, *, resume: str = 'auto') -> dict:
@@ -325,7 +324,7 @@ def announce(job: Job) -> list[str]:
     f'trainable params: {trained:,} || all params: {everything:,} '
     f'|| trainable%: {100 * trained / everything:.4f}',
     *(['note: this processor has no bfloat16 instructions: float32 is faster'] if slow else []),
-    *([f'note: {NO_INTEGERS}'] if plain else []),
+    *([f'note: {quantized.NO_INTEGERS}'] if plain else []),
     f'checkpoints: up to 3 of about {size:.1f} MB',
   ]
 

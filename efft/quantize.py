@@ -131,22 +131,39 @@ def beside(values: Mapping) -> list[list[str]]:
 
 
 def summary(values: Mapping) -> list[str]:
-  """A line for each kind of place and its format, and one for the size of all of them."""
-  kinds, sizes = {}, [0, 0]
-  for path, x in tree.flatten(values).items():
-    if not isinstance(x, QTensor):
+  """What every kernel and table became, and the size of those that are held in few bits.
+
+  A line for each kind of place and format; with the numbers of the layers where these differ in
+  their formats. Nothing where all are float.
+  """
+  kinds: dict[str, dict[str, list[str]]] = {}
+  sizes = [0, 0]
+  for path, x in tree.flatten({'params': values['params']}).items():
+    if isinstance(x, QTensor):
+      sizes[0] += 4 * x.size
+      sizes[1] += x.nbytes
+    elif not path.endswith(('/kernel', '/embedding')):
       continue
-    kind = re.sub(r'layer_\d+', 'layer_*', path.removeprefix('params/')), _called(x)
-    kinds[kind] = kinds.get(kind, 0) + 1
-    sizes[0] += 4 * x.size
-    sizes[1] += x.nbytes
-  lines = [f'{path} x {count}: {name}' for (path, name), count in kinds.items()]
-  if not lines:
+    layer = re.search(r'layer_(\d+)', path)
+    kind = kinds.setdefault(re.sub(r'layer_\d+', 'layer_*', path.removeprefix('params/')), {})
+    kind.setdefault(_called(x), []).append(layer[1] if layer else '')
+  if not sizes[1]:
     return []
-  return [*lines, f'these take {sizes[1] / 1e6:.1f} MB, and {sizes[0] / 1e6:.1f} MB as float32']
+  lines = []
+  for kind, called in kinds.items():
+    for name, layers in called.items():
+      mixed = len(called) > 1
+      place = kind.replace('layer_*', f'layer_{{{",".join(layers)}}}') if mixed else kind
+      lines.append(f'{place} x {len(layers)}: {name}')
+  return [
+    *lines,
+    f'those of few bits take {sizes[1] / 1e6:.1f} MB, and {sizes[0] / 1e6:.1f} MB as float32',
+  ]
 
 
-def _called(x: QTensor) -> str:
+def _called(x) -> str:
+  if not isinstance(x, QTensor):
+    return 'float'
   inputs = {'float': 'float', 'token': 'int8 by token', 'static': 'int8 by calibration'}[x.inputs]
   smooth = ', smoothed' if x.smooth is not None else ''
   scales = 'x'.join(map(str, np.shape(x.scale)))

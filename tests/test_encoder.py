@@ -262,3 +262,6 @@ def test_gelu_and_its_gradient_are_the_definition(dtype, tolerance):
   for found in (back(jnp.ones_like(y))[0], jax.jvp(gelu, (x,), (jnp.ones_like(x),))[1]):
     assert found.dtype == x.dtype
     np.testing.assert_allclose(np.float64(found), slope, tolerance, tolerance)
+  curvature = jax.vmap(jax.grad(jax.grad(gelu)))(jnp.float32(exact))
+  wanted = (2 - exact**2) * stats.norm.pdf(exact)
+  np.testing.assert_allclose(curvature, wanted, 1e-4, 1e-5)

@@ -11,6 +11,7 @@ import tiny
 from test_end_to_end import BERT, SMALL, reviews
 
 from efft import assemble, bundle, files, main, qtensor, quantize, run, tree
+from efft.classifier import Classifier
 from efft.compress import base, calibrate, prune, quant
 from efft.errors import InputError
 from efft.models import quantized
@@ -194,7 +195,7 @@ def test_smoothing_and_groups_keep_what_an_outlier_would_cost(subject, variables
   assert errors['groups'] < 0.7 * errors['plain'] and errors['smooth'] < 0.7 * errors['plain']
 
 
-def test_mixed_precision_by_rules(made, subject, caplog):
+def test_mixed_precision_by_rules(made, subject, caplog, monkeypatch):
   rules = [['params/.*/mlp/.*/kernel', 'float'], ['params/.*/query/kernel', 'int4']]
   with caplog.at_level(logging.INFO):
     values = made(rules=rules, smooth=0.5)
@@ -211,7 +212,15 @@ def test_mixed_precision_by_rules(made, subject, caplog):
   with pytest.raises(ValueError, match='matches none of .*layer_0/mlp/up'):
     made(smooth=0.5, smooth_at='kernel')
   assert re.search(r'layer_0, outputs off by: attention/\w+ \d\.\d\d%', caplog.text)
-  assert 'these take' in caplog.text
+  assert 'those of few bits take' in caplog.text
+  caplog.clear()
+  monkeypatch.setenv('EFFT_INT8', 'never')
+  with caplog.at_level(logging.INFO):
+    made(rules=rules, smooth=0.5)
+    assert quantized.NO_INTEGERS in caplog.text
+    caplog.clear()
+    made(format='int8_weight')
+    assert quantized.NO_INTEGERS not in caplog.text, 'these are products of floats anywhere'
   head = made(format='', rules=[['params/head/out/kernel', 'int8_weight']], examples=0)
   assert [p for p, x in tree.flatten(head).items() if isinstance(x, QTensor)] == [
     'params/head/out/kernel'
@@ -361,6 +370,19 @@ def test_a_run_of_integers(runs):
     np.testing.assert_array_equal(before.leaves[path], after.leaves[path])
   for x in held.values():
     x.check()
+
+
+def test_a_run_of_integers_is_loaded_without_a_float_copy(runs, monkeypatch):
+  def refuse(*args, **more):
+    raise AssertionError('floats of a matrix that is held in few bits')
+
+  for module, name in ((qtensor, 'dequantize'), (quantize, 'floats'), (quantize, 'quantized')):
+    monkeypatch.setattr(module, name, refuse)
+  classifier = Classifier.load(runs / 'int8')
+  held = [x for x in jax.tree.leaves(classifier.variables, is_leaf=lambda x: isinstance(x, QTensor))
+          if isinstance(x, QTensor)]  # fmt: skip
+  assert len(held) == 2 * 6 + 2 and {x.value.dtype for x in held} == {np.dtype('int8')}
+  assert len(classifier(['a good film'])) == 1
 
 
 def test_a_run_that_is_there_is_compressed(runs, capsys):

@@ -119,7 +119,15 @@ def test_another_format_of_what_has_one_is_refused():
 def test_the_summary_counts_bytes():
   lines = quantize.summary(quantize.quantized(VALUES, 'int8'))
   assert 'layer_*/attention/query/kernel x 2: int8, 1x32 scales, inputs int8 by token' in lines
-  assert lines[-1].startswith('these take 0.0 MB') and quantize.summary(VALUES) == []
+  assert lines[-1].startswith('those of few bits take 0.0 MB') and quantize.summary(VALUES) == []
+  assert 'head/out/kernel x 1: float' in lines
+
+
+def test_the_summary_names_layers_that_differ():
+  lines = quantize.summary(quantize.quantized(VALUES, (('.*/layer_1/mlp/.*/kernel', 'int8'),)))
+  assert 'layer_{0}/mlp/up/kernel x 1: float' in lines
+  assert 'layer_{1}/mlp/up/kernel x 1: int8, 1x48 scales, inputs int8 by token' in lines
+  assert 'layer_*/attention/out/kernel x 2: float' in lines
 
 
 def test_what_is_quantised_does_not_train():

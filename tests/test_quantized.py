@@ -232,6 +232,78 @@ def test_programs_multiply_integers_where_they_should_and_nowhere_else(platform)
   check_dots(program, FORWARD + BACKWARD)
 
 
+def some(fields):
+  """`quantize.quantized`'s make with these fields for kernels."""
+
+  def make(path, w, form):
+    own = {} if path.endswith('/embedding') else {n: x(w) for n, x in fields.items()}
+    return quantize.plain(path, w, form, **own)
+
+  return make
+
+
+RANGE = {'x_scale': lambda w: F([0.05])}
+
+
+@pytest.mark.parametrize(
+  ('form', 'fields', 'forward', 'backward'),
+  [
+    ('int8', {}, 6, 3),
+    ('int8', {'smooth': lambda w: np.ones(len(w), F)}, 6, 3),
+    ('int8_stochastic', {}, 6, 3),
+    ('int8_static', RANGE, 6, 3),
+    ('int8_static', {**RANGE, 'x_zero': lambda w: np.int32([3])}, 6, 3),
+    (
+      'int8_static',
+      {'x_scale': lambda w: F([0.05, 0.02]), 'order': lambda w: np.arange(len(w))[::-1].copy()},
+      12,  # a product for each group of inputs
+      3,
+    ),
+    ('int8_weight', {}, 0, 0),
+  ],
+)
+def test_every_format_has_its_integer_products_and_no_others(form, fields, forward, backward):
+  here = tiny.world(tiny.settings('lora'), tiny.SHORT)
+  values = quantize.quantized(here.variables, form, make=some(fields))
+  parts = assemble.partition(values, tiny.settings('lora')['rules'])
+  here = here._replace(variables=values, trainable=parts.trainable, frozen=parts.frozen)
+  check_dots(jax.jit(here.logits).lower(values, BATCH).as_text(), forward)
+  take, args = train_step(here)
+  check_dots(take.lower(*args).as_text(), forward + backward)
+
+
+@pytest.mark.parametrize('form', ['nf4', 'int4'])
+def test_lora_learns_beside_four_bits_that_stay(form):
+  """QLoRA: products are of floats, as beside the rounded base; that is what it was."""
+  cfg = dataclasses.replace(tiny.SHORT, hidden=64, embed_dim=64, head_dim=16, mlp=(64,))
+  here = tiny.world(tiny.settings('lora'), cfg)
+  values = quantize.quantized(here.variables, form)
+  parts = assemble.partition(values, tiny.settings('lora')['rules'])
+  here = here._replace(variables=values, trainable=parts.trainable, frozen=parts.frozen)
+  held = [x for x in jax.tree.leaves(here.frozen, is_leaf=is_held) if is_held(x)]
+  assert sum(x.codes == form for x in held) == 6
+
+  def trained(here):
+    take, (state, frozen, batch) = train_step(here)
+    check_dots(take.lower(state, frozen, batch).as_text(), 0)
+    before, found = jax.tree.map(np.asarray, frozen), []
+    for _ in range(12):
+      state, seen = take(state, frozen, batch)
+      found.append(float(seen['loss']))
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True):
+      np.testing.assert_array_equal(x, y)
+    return found
+
+  found = trained(here)
+  assert found[-1] < found[0] - 0.02
+  rounded_base = here._replace(frozen=quantize.floats(here.frozen))
+  np.testing.assert_allclose(found, trained(rounded_base), 2e-3)
+
+
+def is_held(x):
+  return isinstance(x, qtensor.QTensor)
+
+
 def test_the_cpus_own_program_does_too():
   """After XLA's passes: none of the integer products has become one of floats."""
   take, args = train_step(int8_world(cfg=tiny.SHORT))

@@ -19,7 +19,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from efft import bundle, cpu, merging, mesh, pipeline, quantize, tree
 from efft.classifier import Classifier
 from efft.errors import InputError, nearest
-from efft.finetune import NO_INTEGERS
 from efft.models import quantized
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
@@ -199,7 +198,7 @@ def _held(content: bundle.Bundle) -> str:
 def _form(content: bundle.Bundle, precision: str, held: bool) -> tuple[bundle.Bundle, str]:
   """The bundle in a precision, and what should be known of it."""
   on_cpu = jax.default_backend() == 'cpu'
-  slow = '' if quantized.integers() else NO_INTEGERS
+  slow = '' if quantized.integers() else quantized.NO_INTEGERS
   if held:
     return content, '; '.join(filter(None, [f'the bundle holds {precision}: as it is', slow]))
   if precision != 'int8':

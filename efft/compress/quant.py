@@ -124,6 +124,8 @@ def quantize(
       return made
 
     values = matrices.quantized(start, setting, WHERE, make)
+    if kinds - {'float'} and not quantized.integers():
+      log.info('note: %s', quantized.NO_INTEGERS)
     for line in matrices.summary({'params': values['params']}):
       log.info('%s', line)
     _say(start, values, seen)

@@ -2,8 +2,10 @@
 
 An int8 product is int8 x int8 -> int32, forward and for the gradient of its input: rounding has no
 gradient, so both products are written out (straight-through; Bengio et al. 2013,
-https://arxiv.org/abs/1308.3432). No gradient of the matrix exists. The integers are the same on
-every backend; what is done with them in float32 differs by its rounding.
+https://arxiv.org/abs/1308.3432). No gradient of the matrix exists. A matrix' integers, and what
+products make of given integers, are the same on every backend. What is done in float32 differs by
+its rounding, division on some GPUs included: an input that lies between two integers may become the
+other one there.
 
 A processor without dot products of int8 multiplies the matrices as floats instead, which is faster
 there; EFFT_INT8=always or never overrides that.
@@ -25,6 +27,9 @@ jax.tree_util.register_dataclass(
   data_fields=['value', 'scale', 'smooth', 'order', 'x_scale', 'x_zero', 'sums'],
   meta_fields=['codes', 'inputs', 'shape', 'stochastic'],
 )
+
+
+NO_INTEGERS = 'no int8 products on this processor, or EFFT_INT8=never: floats instead'
 
 
 def dot_general(x, w, dimension_numbers):
