@@ -29,12 +29,12 @@ WORDS = {
   'smoothquant dynamic': 'by token, scales moved to the weights',
   'peg inputs': 'static, 6 ranges for groups of inputs',
   'int8 weights': 'stored in int8, computed in float',
-  'int4 nearest': '4 bits in blocks, rounded to nearest',
-  'int4 gptq': '4 bits in blocks, errors made up for',
-  'nf4': '4 bits of a normal distribution',
-  'w8a8 simulated': 'all activations, a range each',
-  'peg simulated': 'all activations, 6 ranges each',
-  'mixed simulated': "all but the FFN's sums, which have 16 bits",
+  'int4 nearest': '4 bits in blocks of 32, rounded to nearest',
+  'int4 gptq': '4 bits in blocks, ranges of the least squared error, errors made up for',
+  'nf4': '4 bits of a normal distribution in blocks of 64',
+  'w8a8 simulated': 'all activations, kernels and the word table, a range each',
+  'peg simulated': 'the same, 6 ranges for each activation',
+  'mixed simulated': "the same, but FFN's inputs, outputs and sums have 16 bits",
   'float': 'trained on, nothing rounded',
   'q8bert': 'trained on with int8 and moving ranges',
   'lsq': 'trained on with learnt steps',
@@ -113,7 +113,7 @@ def judged(records: list[dict], tasks: list[str]) -> list[claims.Claim]:
     against('With groups it is level with float, within a point', 'peg simulated', BASE, **same),
     against('With 16-bit sums it is level with float, within a point', 'mixed simulated', BASE,
             **same),
-    against('Ranges by token are level with float, within a point (Zafrir et al. 2019)',
+    against('Ranges by token are level with float, within a point (ZeroQuant, Yao et al. 2022)',
             'dynamic', BASE, **same),
     against('Ranges by token are better than calibrated ones', 'dynamic', 'static', 'more'),
     against('Moving scales to the weights mends calibrated ranges (SmoothQuant, Xiao et al. 2023)',
@@ -121,10 +121,10 @@ def judged(records: list[dict], tasks: list[str]) -> list[claims.Claim]:
     against('Q8BERT is within a point of float training (Zafrir et al. 2019)', 'q8bert', LONGER,
             **same),
     against('LSQ is within a point of float training (Esser et al. 2020)', 'lsq', LONGER, **same),
-    against('GPTQ is better than rounding to nearest at 4 bits (Frantar et al. 2023)',
-            'int4 gptq', 'int4 nearest', 'more'),
-    against('NF4 is better than 4-bit integers (Dettmers et al. 2023)', 'nf4', 'int4 nearest',
-            'more'),
+    against('GPTQ, with ranges of the least squared error, is better than rounding to nearest at 4 '
+            'bits (Frantar et al. 2023)', 'int4 gptq', 'int4 nearest', 'more'),
+    against('NF4 in blocks of 64 is better than 4-bit integers in blocks of 32 '
+            '(Dettmers et al. 2023)', 'nf4', 'int4 nearest', 'more'),
   ]  # fmt: skip
 
 

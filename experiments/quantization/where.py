@@ -1,7 +1,7 @@
 """Where an int8 forward pass of BERT-base spends its time, here and in OpenVINO; prints JSON lines.
 
     PYTHONPATH=.:experiments/speed python experiments/quantization/where.py --quantize=int8_static
-    python experiments/quantization/where.py --side=openvino   # torch, onnx, openvino, nncf
+    PYTHONPATH=experiments/speed python experiments/quantization/where.py --side=openvino
 
 Efft's side is read from XLA's profile of the compiled program, OpenVINO's from its own counters;
 both on one core, so that times add up: `taskset -c 0`.
@@ -75,25 +75,10 @@ def efft(form: str) -> dict:
 
 
 def openvino() -> dict:
-  import nncf
+  import infer_peer
   import openvino as ov
-  import torch
-  from transformers import BertConfig, BertForSequenceClassification
 
-  torch.manual_seed(0)
-  model = BertForSequenceClassification(BertConfig()).eval()
-  ids = torch.randint(0, 30000, (BATCH, LENGTH))
-  feed = {'ids': ids.numpy(), 'mask': torch.ones_like(ids).numpy()}
-  with tempfile.TemporaryDirectory() as folder:
-    path = f'{folder}/model.onnx'
-    torch.onnx.export(
-      model, (ids, torch.ones_like(ids)), path, input_names=['ids', 'mask'],
-      output_names=['logits'], dynamo=False, opset_version=17,
-    )  # fmt: skip
-    net = ov.Core().read_model(path)
-  kind = nncf.ModelType.TRANSFORMER
-  net = nncf.quantize(net, nncf.Dataset([feed]), model_type=kind, subset_size=1)
-  compiled = ov.Core().compile_model(net, 'CPU', {'PERF_COUNT': True})
+  compiled, feed = infer_peer.compiled({'PERF_COUNT': True})
   request = compiled.create_infer_request()
   for _ in range(3):
     request.infer(feed)
