@@ -379,8 +379,7 @@ def test_a_run_of_integers_is_loaded_without_a_float_copy(runs, monkeypatch):
   for module, name in ((qtensor, 'dequantize'), (quantize, 'floats'), (quantize, 'quantized')):
     monkeypatch.setattr(module, name, refuse)
   classifier = Classifier.load(runs / 'int8')
-  held = [x for x in jax.tree.leaves(classifier.variables, is_leaf=lambda x: isinstance(x, QTensor))
-          if isinstance(x, QTensor)]  # fmt: skip
+  held = [x for x in tree.flatten(classifier.variables).values() if isinstance(x, QTensor)]
   assert len(held) == 2 * 6 + 2 and {x.value.dtype for x in held} == {np.dtype('int8')}
   assert len(classifier(['a good film'])) == 1
 

@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efft import assemble, cpu, qtensor, quantize
+from efft import assemble, cpu, qtensor, quantize, tree
 from efft.errors import InputError
 from efft.models import quantized
 from efft.models.encoder import Encoder
@@ -187,10 +187,10 @@ def test_without_fast_integers_products_are_of_floats(monkeypatch):
 BATCH = tiny.batch()
 
 
-def int8_world(form='int8', cfg=tiny.CFG):
-  """LoRA beside an int8 base."""
+def int8_world(form='int8', cfg=tiny.CFG, make=quantize.plain):
+  """LoRA beside a base of few bits."""
   here = tiny.world(tiny.settings('lora'), cfg, dtype=jnp.bfloat16)
-  values = quantize.quantized(here.variables, form)
+  values = quantize.quantized(here.variables, form, make=make)
   parts = assemble.partition(values, tiny.settings('lora')['rules'])
   return here._replace(variables=values, trainable=parts.trainable, frozen=parts.frozen)
 
@@ -263,11 +263,8 @@ RANGE = {'x_scale': lambda w: F([0.05])}
   ],
 )
 def test_every_format_has_its_integer_products_and_no_others(form, fields, forward, backward):
-  here = tiny.world(tiny.settings('lora'), tiny.SHORT)
-  values = quantize.quantized(here.variables, form, make=some(fields))
-  parts = assemble.partition(values, tiny.settings('lora')['rules'])
-  here = here._replace(variables=values, trainable=parts.trainable, frozen=parts.frozen)
-  check_dots(jax.jit(here.logits).lower(values, BATCH).as_text(), forward)
+  here = int8_world(form, tiny.SHORT, some(fields))
+  check_dots(jax.jit(here.logits).lower(here.variables, BATCH).as_text(), forward)
   take, args = train_step(here)
   check_dots(take.lower(*args).as_text(), forward + backward)
 
@@ -276,12 +273,9 @@ def test_every_format_has_its_integer_products_and_no_others(form, fields, forwa
 def test_lora_learns_beside_four_bits_that_stay(form):
   """QLoRA: products are of floats, as beside the rounded base; that is what it was."""
   cfg = dataclasses.replace(tiny.SHORT, hidden=64, embed_dim=64, head_dim=16, mlp=(64,))
-  here = tiny.world(tiny.settings('lora'), cfg)
-  values = quantize.quantized(here.variables, form)
-  parts = assemble.partition(values, tiny.settings('lora')['rules'])
-  here = here._replace(variables=values, trainable=parts.trainable, frozen=parts.frozen)
-  held = [x for x in jax.tree.leaves(here.frozen, is_leaf=is_held) if is_held(x)]
-  assert sum(x.codes == form for x in held) == 6
+  here = int8_world(form, cfg)
+  codes = [getattr(x, 'codes', '') for x in tree.flatten(here.frozen).values()]
+  assert codes.count(form) == 6
 
   def trained(here):
     take, (state, frozen, batch) = train_step(here)
@@ -298,10 +292,6 @@ def test_lora_learns_beside_four_bits_that_stay(form):
   assert found[-1] < found[0] - 0.02
   rounded_base = here._replace(frozen=quantize.floats(here.frozen))
   np.testing.assert_allclose(found, trained(rounded_base), 2e-3)
-
-
-def is_held(x):
-  return isinstance(x, qtensor.QTensor)
 
 
 def test_the_cpus_own_program_does_too():

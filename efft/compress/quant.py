@@ -126,7 +126,7 @@ def quantize(
     values = matrices.quantized(start, setting, WHERE, make)
     if kinds - {'float'} and not quantized.integers():
       log.info('note: %s', quantized.NO_INTEGERS)
-    for line in matrices.summary({'params': values['params']}):
+    for line in matrices.summary(values):
       log.info('%s', line)
     _say(start, values, seen)
     return Smaller(variables=values)

@@ -108,8 +108,12 @@ def check_float(variables: Mapping) -> None:
     )  # fmt: skip
 
 
-def skipping(layers: tuple[int, ...]) -> Callable:
-  """The tap that takes the other layers out: what goes in comes out. Not with `remat`."""
+def skipping(stays) -> Callable:
+  """The tap that takes layers out: what goes in comes out. Not with `remat`.
+
+  Args:
+    stays: [L] booleans, which may be traced.
+  """
   last = [None]
 
   def tap(module, site, y, **context):
@@ -117,8 +121,7 @@ def skipping(layers: tuple[int, ...]) -> Callable:
     if path == 'embed':
       last[0] = y[0]
     elif found := re.fullmatch(r'layer_(\d+)/output', path):
-      if int(found[1]) in layers:
-        last[0] = y
+      last[0] = jnp.where(stays[int(found[1])], y, last[0])
       return last[0]
     return y
 
@@ -307,7 +310,7 @@ def _prove(start, variables, cfg, values, keep: Keep, deltas) -> None:
     grown = {**values, 'delta': peft.expand(deltas, values['delta'])}
     return Encoder(cfg, Hooks(tap=tap)).apply(grown, ids, mask, types)
 
-  taps = gated(closed(start, _spread(start, keep))), skipping(layers)
+  taps = gated(closed(start, _spread(start, keep))), skipping(np.isin(range(start.layers), layers))
   large = logits(start, variables, words[ids].astype(np.int32), *taps)
   small = logits(cfg, values, ids)
   if not np.allclose(large, small, rtol=0, atol=_TOLERANCE * max(1.0, float(np.abs(large).max()))):

@@ -21,12 +21,10 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +36,11 @@ cpu.keep_heap()
 cpu.keep_programs(packages.cache_root() / 'programs')
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from efft import assemble, bundle, config, files, pipeline, run, transfer  # noqa: E402
-from efft.compress import allocate, latency, scores, select, ziplm  # noqa: E402
-from efft.compress.base import Keep, Subject, closed, gated, ones  # noqa: E402
+from efft.compress import allocate, latency, scores, select, slicing, ziplm  # noqa: E402
+from efft.compress.base import Keep, Subject, closed, gated  # noqa: E402
 from efft.data import batches, tokens  # noqa: E402
 from efft.errors import InputError  # noqa: E402
 from efft.models import hub  # noqa: E402
@@ -207,31 +204,6 @@ def chain(base: Path, task: str, seed: int, name: str, stages: dict) -> list[dic
     return [{**record, 'chain_seconds': round(seconds, 1)} for record in found]
 
 
-def staying(stays) -> Callable:
-  """`slicing.skipping`, of layers [L] that may be traced."""
-  last = [None]
-
-  def tap(module, site, y, **context):
-    path = '/'.join((*module.path, site))
-    if path == 'embed':
-      last[0] = y[0]
-    elif found := re.fullmatch(r'layer_(\d+)/output', path):
-      last[0] = jnp.where(stays[int(found[1])], y, last[0])
-      return last[0]
-    return y
-
-  return tap
-
-
-def kept_shape(cfg: EncoderConfig, keep: Keep) -> EncoderConfig:
-  """The config of what stays, of layers, or of heads and units."""
-  heads = cfg.heads if keep.heads is None else tuple(map(len, keep.heads))
-  units = cfg.mlp if keep.units is None else tuple(map(len, keep.units))
-  stay = range(cfg.layers) if keep.layers is None else keep.layers
-  parts = {'heads': tuple(heads[i] for i in stay), 'mlp': tuple(units[i] for i in stay)}
-  return dataclasses.replace(cfg, **parts)
-
-
 def curve(base: Path, task: str, seed: int) -> list[dict]:
   """Validation accuracy without what each score would remove, nothing trained afterwards.
 
@@ -241,7 +213,8 @@ def curve(base: Path, task: str, seed: int) -> list[dict]:
   cfg = EncoderConfig.from_dict(content.encoder)
   table = latency.known(cfg, 32, 64)
   net = assemble.network(cfg, {}, 'float32')
-  variables = jax.device_put(transfer.restored({}, content.leaves, {}))
+  whole = transfer.restored({}, content.leaves, {})
+  variables = jax.device_put(whole)
   data = assemble.own_task(base, content.labels)
   tokenizer = hub.tokenizer_from(content.tokenizer)
 
@@ -258,15 +231,12 @@ def curve(base: Path, task: str, seed: int) -> list[dict]:
 
   @jax.jit
   def predicted(variables, gates, stays, batch):
-    return half.logits(variables, batch, gated(gates), staying(stays)).argmax(-1)
+    return half.logits(variables, batch, gated(gates), slicing.skipping(stays)).argmax(-1)
 
   def point(structure: str, score: str, share: float, keep: Keep, variables=variables) -> dict:
-    gates, stays = ones(cfg), np.ones(cfg.layers, bool)
-    if keep.layers is not None:
-      stays = np.isin(np.arange(cfg.layers), keep.layers)
-    else:
-      some = {name: x for name, x in closed(cfg, keep)._asdict().items() if x is not None}
-      gates = gates._replace(**some)
+    small, _ = slicing.cut(cfg, whole, keep)
+    stays = np.isin(range(cfg.layers), range(cfg.layers) if keep.layers is None else keep.layers)
+    gates = closed(cfg, keep._replace(layers=None))
     right = 0
     for batch in batches.evaluation(validation, 64, (32, LENGTH[task])):
       real = batch['weights'] > 0
@@ -275,7 +245,7 @@ def curve(base: Path, task: str, seed: int) -> list[dict]:
       right += int(np.sum(found[real] == labels[batch['rows'][real]]))
     return {
       'chain': CURVE, 'structure': structure, 'score': score, 'share': share,
-      'predicted_32': table.predict(cfg) / table.predict(kept_shape(cfg, keep)),
+      'predicted_32': table.predict(cfg) / table.predict(small),
       'validation': right / len(labels),
     }  # fmt: skip
 

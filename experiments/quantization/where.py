@@ -20,10 +20,10 @@ BATCH, LENGTH, CALLS = 16, 128, 5
 
 
 def kind(name: str, line: str) -> str:
-  """Of an instruction of the compiled program: what it is for."""
+  """Of an instruction of the compiled program, NAME = LINE: what it is for."""
   op = re.search(r'op_name="([^"]*)"', line)
   op = op.group(1) if op else ''
-  shape = line.split(' = ', 1)[1].split('[')[0]
+  shape = line.split('[')[0]
   if 'dot_general' in op and 'ynn' in name or ' dot(' in line:
     return 'int8 products' if shape == 's32' else 'float products'
   if 'reduce' in op or 'ynn' in name:
@@ -54,9 +54,7 @@ def efft(form: str) -> dict:
   batch = {'input_ids': ids, 'mask': np.ones(ids.shape, bool), 'token_types': np.zeros_like(ids)}
   values, batch = jax.device_put((values, batch))
   run = jax.jit(step.forward(Encoder(cfg, dtype=jnp.float32))).lower(values, batch).compile()
-  lines = re.findall(r'^ *(?:ROOT )?%(\S+) = .*$', run.as_text(), re.M)
-  lines = {name: line for name, line in zip(lines, re.findall(
-    r'^ *(?:ROOT )?%\S+ = .*$', run.as_text(), re.M), strict=True)}  # fmt: skip
+  lines = dict(re.findall(r'^ *(?:ROOT )?%(\S+) = (.*)$', run.as_text(), re.M))
   for _ in range(3):
     run(values, batch).block_until_ready()
   with tempfile.TemporaryDirectory() as folder:
