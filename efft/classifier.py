@@ -1,6 +1,7 @@
 """A bundle, ready to classify."""
 
 import dataclasses
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +15,11 @@ from efft.data import batches, tokens
 from efft.data.splits import Split
 from efft.errors import InputError
 from efft.eval import evaluate
-from efft.models import hub
+from efft.models import hub, quantized
 from efft.models.encoder import EncoderConfig, init_params
 from efft.training import step
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,15 @@ class Classifier:
   def load(cls, folder, *, devices: int | None = None) -> 'Classifier':
     """Reads a run folder or a bundle, and its base model where it needs one.
 
+    Warns where it holds integers that this processor multiplies as floats.
+
     Raises:
       InputError: no bundle, a damaged one, or a base model that is not the one trained on.
     """
-    return cls.of(bundle.load(folder), str(folder), devices=devices)
+    model = cls.of(bundle.load(folder), str(folder), devices=devices)
+    if quantized.slowed(model.variables):
+      log.warning('note: %s: %s', folder, quantized.NO_INTEGERS)
+    return model
 
   @classmethod
   def of(cls, content: bundle.Bundle, where: str, *, devices: int | None = None) -> 'Classifier':

@@ -314,7 +314,6 @@ def announce(job: Job) -> list[str]:
   size = 3 * tree.nbytes(job.parts.trainable) / 1e6
   slow = job.config['model']['dtype'] == 'bfloat16' and jax.default_backend() == 'cpu'
   slow = slow and not cpu.multiplies_bfloat16()
-  plain = quantize.held(job.variables) and not quantized.integers()
   return [
     f'task {job.data.name}: {sizes}; labels {", ".join(job.data.labels) or "numbers"}',
     *(f'note: {note}' for note in job.data.notes),
@@ -324,7 +323,7 @@ def announce(job: Job) -> list[str]:
     f'trainable params: {trained:,} || all params: {everything:,} '
     f'|| trainable%: {100 * trained / everything:.4f}',
     *(['note: this processor has no bfloat16 instructions: float32 is faster'] if slow else []),
-    *([f'note: {quantized.NO_INTEGERS}'] if plain else []),
+    *([f'note: {quantized.NO_INTEGERS}'] if quantized.slowed(job.variables) else []),
     f'checkpoints: up to 3 of about {size:.1f} MB',
   ]
 

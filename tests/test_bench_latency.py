@@ -135,6 +135,24 @@ def test_a_bundle_in_int8_stays_what_it_is(lora):
   assert told == [1] and row['precision'] == 'int8' and 'as it is' in row['note']
 
 
+def test_integers_that_are_multiplied_as_floats_are_announced(lora, monkeypatch, caplog, tmp_path):
+  monkeypatch.setenv('EFFT_INT8', 'never')
+  form, _ = latency._form(lora, 'int8', False)
+  assert form.leaves[KERNEL].inputs == 'token'
+  # Its products are of floats anywhere.
+  plain = {
+    path: dataclasses.replace(x, inputs='float') if isinstance(x, QTensor) else x
+    for path, x in form.leaves.items()
+  }
+  for content, slowed in ((form, True), (dataclasses.replace(form, leaves=plain), False)):
+    (row,) = latency.measure(content, 'here', [(1, 4, 'int8')], seconds=1e-3)
+    assert (quantized.NO_INTEGERS in row['note']) == slowed
+    bundle.save(tmp_path / str(slowed), content)
+    caplog.clear()
+    Classifier.load(tmp_path / str(slowed))
+    assert (quantized.NO_INTEGERS in caplog.text) == slowed
+
+
 def test_merged_models_have_fewer_numbers(lora):
   (row,) = latency.measure(lora, 'here', [(1, 4, 'f32')], merged=True, seconds=1e-3)
   assert row['merged'] is True

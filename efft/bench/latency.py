@@ -155,6 +155,8 @@ def measure(
   for precision, own in forms.items():
     form, note = _form(content, precision, bool(held))
     model = Classifier.of(form, where, devices=1)
+    if quantized.slowed(model.variables):
+      note = '; '.join(filter(None, [note, quantized.NO_INTEGERS]))
     for length in dict.fromkeys(length for _, length, _ in own):
       try:
         jax.eval_shape(model.apply, model.variables, texts(cfg, 1, length))
@@ -198,9 +200,8 @@ def _held(content: bundle.Bundle) -> str:
 def _form(content: bundle.Bundle, precision: str, held: bool) -> tuple[bundle.Bundle, str]:
   """The bundle in a precision, and what should be known of it."""
   on_cpu = jax.default_backend() == 'cpu'
-  slow = '' if quantized.integers() else quantized.NO_INTEGERS
   if held:
-    return content, '; '.join(filter(None, [f'the bundle holds {precision}: as it is', slow]))
+    return content, f'the bundle holds {precision}: as it is'
   if precision != 'int8':
     plain = precision == 'bf16' and on_cpu and not cpu.multiplies_bfloat16()
     note = NO_BFLOAT16 if plain else ''
@@ -208,7 +209,7 @@ def _form(content: bundle.Bundle, precision: str, held: bool) -> tuple[bundle.Bu
   fixed = peft.fixed(peft.build(content.method))
   whole = pipeline.alone(content) if fixed else merging.merged(content)
   beside = f'{", ".join(fixed)} does not merge: float, beside int8' if fixed else ''
-  return rounded(whole), '; '.join(filter(None, [beside, slow]))
+  return rounded(whole), beside
 
 
 def rounded(whole: bundle.Bundle) -> bundle.Bundle:

@@ -124,7 +124,7 @@ def quantize(
       return made
 
     values = matrices.quantized(start, setting, WHERE, make)
-    if kinds - {'float'} and not quantized.integers():
+    if quantized.slowed(values):
       log.info('note: %s', quantized.NO_INTEGERS)
     for line in matrices.summary(values):
       log.info('%s', line)

@@ -52,6 +52,12 @@ def integers() -> bool:
   return jax.default_backend() != 'cpu' or cpu.multiplies_int8()
 
 
+def slowed(values) -> bool:
+  """Whether products of these variables would be of integers, but are not here."""
+  leaves = jax.tree.leaves(values, is_leaf=lambda x: isinstance(x, QTensor))
+  return not integers() and any(isinstance(x, QTensor) and x.inputs != 'float' for x in leaves)
+
+
 def rows(table, index):
   """table[index], float32 [..., features]: the rows of a table of embeddings, QTensor or array."""
   if not isinstance(table, QTensor):

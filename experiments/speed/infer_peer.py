@@ -29,9 +29,11 @@ def exported(folder: str) -> tuple[str, dict]:
   ids = torch.randint(0, 30000, (BATCH, LENGTH))
   given = {'ids': ids, 'mask': torch.ones_like(ids)}
   path = str(Path(folder) / 'model.onnx')
+  # Of any batch and length, as one deploys it; with fixed ones onnxruntime is slower.
+  axes = {0: 'batch', 1: 'length'}
   torch.onnx.export(
     model, tuple(given.values()), path, input_names=list(given), output_names=['logits'],
-    dynamo=False, opset_version=17,
+    dynamic_axes=dict.fromkeys(given, axes), dynamo=False, opset_version=17,
   )  # fmt: skip
   return path, {name: x.numpy() for name, x in given.items()}
 
