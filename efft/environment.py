@@ -10,8 +10,15 @@ import sys
 from pathlib import Path
 
 from efft import cpu
+from efft.data import packages
 
 PACKAGES = ('efft', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def settle() -> None:
+  """What must be settled before jax is imported: malloc, and where compiled programs are kept."""
+  cpu.keep_heap()
+  cpu.keep_programs(packages.cache_root() / 'programs')
 
 
 def describe() -> dict:

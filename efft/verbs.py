@@ -193,12 +193,10 @@ def _run():
 
 
 def prepare() -> None:
-  """Settles what must be settled before jax is imported: malloc, and who may write to stderr."""
-  from efft import cpu
-  from efft.data import packages
+  """`environment.settle`, and who may write to stderr."""
+  from efft import environment
 
-  cpu.keep_heap()
-  cpu.keep_programs(packages.cache_root() / 'programs')
+  environment.settle()
   quiet = {
     'TF_CPP_MIN_LOG_LEVEL': '2',
     'GRPC_VERBOSITY': 'ERROR',

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from efft import cpu, files
-from efft.data import packages
+from efft import environment, files
 from efft.errors import Diverged, EfftError, InputError, Preempted
 from efft.sweep.records import Records
 from efft.sweep.study import Planned
@@ -59,8 +58,7 @@ def main() -> int:
   job = Job.from_json(sys.stdin.buffer.readline())
   if job.cores and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, job.cores)
-  cpu.keep_heap()
-  cpu.keep_programs(packages.cache_root() / 'programs')
+  environment.settle()
   warnings.filterwarnings('ignore', module=r'(?!efft)')
   if not job.failure:
     threading.Thread(target=_end_with_input, daemon=True).start()

@@ -28,11 +28,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from efft import cpu
-from efft.data import packages
+from efft import environment
 
-cpu.keep_heap()
-cpu.keep_programs(packages.cache_root() / 'programs')
+environment.settle()
 
 from absl import app, flags  # noqa: E402
 from chosen import HEAD, NOISE, SEEDS, TASKS, mean, rates, score  # noqa: E402

@@ -29,11 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from efft import cpu
-from efft.data import packages
+from efft import cpu, environment
 
-cpu.keep_heap()
-cpu.keep_programs(packages.cache_root() / 'programs')
+environment.settle()
 
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402

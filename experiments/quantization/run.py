@@ -21,11 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from efft import cpu
-from efft.data import packages
+from efft import environment
 
-cpu.keep_heap()
-cpu.keep_programs(packages.cache_root() / 'programs')
+environment.settle()
 
 from absl import app, flags  # noqa: E402
 
