@@ -1,7 +1,7 @@
 """ATTEMPT: other tasks' prompts, mixed for each text (Asai et al. 2022, arXiv 2205.11961).
 
-The sources, prompts of runs of configs/prompt.py, stay frozen; without runs they are words.
-Name the runs behind the colon: --config.model.init_from comes too late to count them.
+The sources, prompts of runs of configs/prompt.py, stay frozen; without runs they start as rows of
+the word table. Name the runs behind the colon: --config.model.init_from comes too late to count.
 
     efft train --config=configs/attempt.py:task=rte,'init_from=runs/a|runs/b' --workdir=runs/mixed
 """

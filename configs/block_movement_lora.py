@@ -1,6 +1,7 @@
 """Block movement pruning with LoRA inside (Lagunas et al. 2021, arXiv 2109.04838).
 
-LoRA is inside of attention's masks, beside the masked units' kernels. Threshold: block_movement.py.
+In attention LoRA is masked with the kernels; the feed-forward kernels have a LoRA of their own.
+How to change the threshold: configs/block_movement.py.
 
     efft train --config=configs/block_movement_lora.py:task=rotten_tomatoes --workdir=runs/block
 """

@@ -1,6 +1,6 @@
 """CoFi with LoRA in place of full fine-tuning (Xia et al. 2022, arXiv 2204.00408).
 
-Gates and LoRA of all six kernels train; gated are outputs, so the gates hold for LoRA as well.
+Gates and LoRA of all six kernels train; gates act on outputs, so they also close what LoRA adds.
 
     efft train --config=configs/cofi_lora.py:task=rotten_tomatoes --workdir=runs/cofi_lora
 """

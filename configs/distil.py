@@ -1,10 +1,12 @@
-r"""Full fine-tuning with a teacher: softened classes, hidden states, attention
+r"""Full fine-tuning with a teacher's softened classes (Hinton et al. 2015, arXiv 1503.02531).
 
     efft train --config=configs/distil.py:task=rotten_tomatoes --workdir=runs/student \
       --config.distil.teacher=runs/large --config.model.name=distilbert-base-uncased
 
-The teacher may be of any size and architecture; hidden states of another width are compared through
-a learnt projection. `--config.distil.layers=last` with hidden_loss=cosine is DistilBERT's.
+The teacher may be of any size and architecture. Hidden states, attention maps and embeddings of one
+with the same tokens have weights of their own, 0 here (another width goes through a learnt
+projection); `--config.distil.hidden=0.3 --config.distil.hidden_loss=cosine
+--config.distil.layers=last` is DistilBERT's.
 """
 
 from efft.config import default

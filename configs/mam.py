@@ -1,6 +1,7 @@
 """MAM adapter: prefixes and parallel adapters (He et al. 2022, arXiv 2110.04366).
 
-Sizes of the paper's GLUE runs. Most numbers are those of the prefixes' network.
+Sizes of the paper's GLUE runs, but for the prefixes' network (512, not 800), which most numbers
+are of.
 
     efft train --config=configs/mam.py:task=rotten_tomatoes --workdir=runs/mam
 """

@@ -1,7 +1,7 @@
 """Movement pruning: 15 % of each kernel is left (Sanh et al. 2020, arXiv 2005.07683).
 
 Full fine-tuning but for the embeddings; of each kernel 15 % of the weights are left at the end. The
-zeros make the merged model smaller on disk, not faster.
+zeros save no time, and space only where files are compressed.
 
     efft train --config=configs/movement.py:task=rotten_tomatoes --workdir=runs/movement
 """

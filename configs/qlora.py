@@ -1,6 +1,6 @@
 """QLoRA: LoRA beside kernels of 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
 
-All linears; NF4, a scale for 64 numbers, multiplied as floats: an eighth of the memory, not time.
+All linears; NF4, a scale for 64 numbers, multiplied as floats: a seventh of the memory, not time.
 Deviation: scales stay float32 (no double quantisation; half a bit a number).
 
     efft train --config=configs/qlora.py:task=rotten_tomatoes --workdir=runs/qlora

@@ -1,8 +1,9 @@
 """What makes a command line of verbs: flags, help, errors and exit codes.
 
-Exit codes: 0 done; 1 a bug of efft; 2 bad input; 3 diverged; 4 environment (disk, permission,
-memory); 75 preempted, the same command continues; 130 interrupted; 141 the reader of our output
-went away. An error is one line on standard error; EFFT_TRACEBACK=1 adds where it came from.
+Exit codes: 0 done; 1 a bug of efft, or failed runs of a sweep; 2 bad input; 3 diverged; 4
+environment (disk, permission, memory); 75 preempted, the same command continues; 130 interrupted;
+141 the reader of our output went away. An error is one line on standard error; EFFT_TRACEBACK=1
+adds where it came from.
 """
 
 import os

@@ -15,14 +15,17 @@ from efft import bundle, environment, files, merging, starting, transfer, tree
 from efft import config as configs
 from efft.data import sources
 from efft.errors import InputError
-from efft.interop import adapterhub_format, containers, foreign, hf_format, peft_format
+from efft.interop import adapterhub_format, containers, foreign, hf_format, peft_format, st_format
 from efft.models import hub
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
 
 log = logging.getLogger(__name__)
 
-FORMATS = ('hf', 'peft', 'adapterhub')
+AUTO = 'auto'
+_WHOLE = {'hf': hf_format, 'sentence-transformers': st_format}
+_MODULES = {'peft': peft_format, 'adapterhub': adapterhub_format}
+FORMATS = (AUTO, *_WHOLE, *_MODULES)
 LAYOUTS = tuple(adapterhub_format.LAYOUTS)
 _EXACT = 1e-4  # of a logit, between a run and what another library's file says of it
 
@@ -30,7 +33,7 @@ _EXACT = 1e-4  # of a logit, between a run and what another library's file says 
 def export(
   run,
   output,
-  format: str = 'hf',  # noqa: A002 - the flag's name
+  format: str = AUTO,  # noqa: A002 - the flag's name
   *,
   tolerance: float = merging.TOLERANCE,
   split: str = 'validation',
@@ -43,7 +46,9 @@ def export(
     run: a run folder or a bundle.
     output: the folder to make.
     format: 'hf', a whole model with the deltas merged, for transformers'
-      AutoModelForSequenceClassification; 'peft' and 'adapterhub', the adapter with its head.
+      AutoModelForSequenceClassification; 'sentence-transformers', the same where the mean of all
+      tokens is pooled; 'auto', the one of these two that holds the run; 'peft' and 'adapterhub',
+      the adapter with its head.
     tolerance: the largest difference of any logit that merging may make (see `merging.merge`), or
       that the other library's float base makes to an adapter that was trained beside a quantised
       one. Other adapters are exact.
@@ -65,8 +70,10 @@ def export(
   if output.exists():
     raise InputError('--output', f'{str(output)!r}, which exists', 'a new name', 'choose another')
   content = bundle.load(run)
-  if format == 'hf':
-    contents, said, notes = _whole(run, content, tolerance, split)
+  if format == AUTO:
+    format = 'sentence-transformers' if content.pooling == 'mean' else 'hf'  # noqa: A001
+  if format in _WHOLE:
+    contents, said, notes = _whole(run, content, format, tolerance, split)
   else:
     contents, said, notes = _adapter(run, content, format, layout, name, split, tolerance)
   said.pop('metrics', None)
@@ -80,15 +87,15 @@ def export(
   return {'format': format, 'files': sorted(contents), **said, 'notes': notes}
 
 
-def _whole(run: Path, content: bundle.Bundle, tolerance: float, split: str):
+def _whole(run: Path, content: bundle.Bundle, format: str, tolerance: float, split: str):
   """(files, proof, notes) of a merged checkpoint."""
   cfg = EncoderConfig.from_dict(content.encoder)
-  hf_format.check(cfg)
+  _WHOLE[format].check(cfg)
   fixed = peft.fixed(peft.build(content.method))
   if fixed:
-    able = [other for other in FORMATS[1:] if _holds(content, other)]
+    able = [other for other in _MODULES if _holds(content, other)]
     raise InputError(
-      '--format=hf', f'{", ".join(fixed)}, which cannot be folded into the weights',
+      f'--format={format}', f'{", ".join(fixed)}, which cannot be folded into the weights',
       'methods that merge (`efft methods` says which)',
       f'use --format={" or --format=".join(able)}' if able else 'keep the bundle',
     )  # fmt: skip
@@ -96,7 +103,7 @@ def _whole(run: Path, content: bundle.Bundle, tolerance: float, split: str):
   said = merging.proof(run, content, whole, split)
   merging.check(said, tolerance)
   folder = Path(content.base['path'])
-  contents, notes = hf_format.write(
+  contents, notes = _WHOLE[format].write(
     cfg, tree.unflatten(whole.leaves)['params'], labels=content.labels, kind=content.kind,
     tokenizer=content.tokenizer, max_length=content.max_length,
     base=folder if folder.is_dir() else None,
@@ -135,7 +142,7 @@ def _check_beside(content: bundle.Bundle, base: hub.Base, format: str) -> None:
   if pruned or bundle.is_there(base.folder):
     what = 'an encoder that was pruned' if pruned else f'{base.name}, a run of efft, as its base'
     raise InputError(
-      f'--format={format}', what, 'an adapter beside a checkpoint as it was', 'use --format=hf'
+      f'--format={format}', what, 'an adapter beside a checkpoint as it was', 'use --format=auto'
     )
 
 
@@ -153,9 +160,6 @@ def _holds(content: bundle.Bundle, format: str) -> bool:
     return True
   except InputError:
     return False
-
-
-_MODULES = {'peft': peft_format, 'adapterhub': adapterhub_format}
 
 
 def _of(adapter: foreign.Adapter, base: hub.Base) -> dict[str, Any]:
@@ -328,13 +332,18 @@ def _continuing(config: Mapping, content: bundle.Bundle, output: Path) -> dict:
 
 def _card(title: str, content: bundle.Bundle, format: str, said: Mapping, notes: Sequence) -> str:
   """README.md of an exported folder, with the front matter that the hub reads."""
-  library = {'hf': 'transformers', 'peft': 'peft', 'adapterhub': 'adapter-transformers'}[format]
+  libraries = {'hf': 'transformers', 'adapterhub': 'adapter-transformers'}
   machine = {name: str(value) for name, value in said.items()}
   machine |= {f'note {i}': note for i, note in enumerate(notes, 1)}
-  front = ['---', f'library_name: {library}', f'base_model: {content.base["name"]}']
+  front = [
+    '---',
+    f'library_name: {libraries.get(format, format)}',
+    f'base_model: {content.base["name"]}',
+  ]
   front += ['pipeline_tag: text-classification', '---', '']
   use = {
     'hf': 'AutoModelForSequenceClassification.from_pretrained(FOLDER)',
+    'sentence-transformers': 'SentenceTransformer(FOLDER).encode(texts)  # the logits',
     'peft': 'PeftModel.from_pretrained(base, FOLDER)',
     'adapterhub': 'model.load_adapter(FOLDER, with_head=True)',
   }

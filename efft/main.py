@@ -89,16 +89,17 @@ VERBS = {
   ),
   'export': Verb(
     verbs.export,
-    'write a run for transformers, HF PEFT or AdapterHub',
+    'write a run for transformers, sentence-transformers, HF PEFT or AdapterHub',
     (
       RUN,
       Flag('output', 'folder to make', None, True),
       Flag(
         'format',
-        'hf: merged, for transformers; others: the adapter with its head',
-        'hf',
+        'auto, hf, sentence-transformers: merged, for these libraries, auto by how the run pools; '
+        'others: the adapter with its head',
+        'auto',
         False,
-        ('hf', 'peft', 'adapterhub'),
+        ('auto', 'hf', 'sentence-transformers', 'peft', 'adapterhub'),
       ),
       TOLERANCE,
       COMPARED,
@@ -142,7 +143,7 @@ VERBS = {
       Flag('dry_run', 'list the runs and what is known of them', False),
       Flag('retry_failed', 'make runs again that have failed', False),
     ),
-    'Stopped in any way, the same command goes on; runs that had begun, where they were.',
+    'Stopped in any way, the same command goes on; a run that trained alone, where it was.',
   ),
   'report': Verb(
     verbs.report,

@@ -244,7 +244,7 @@ def test_the_command_line_imports_merges_and_exports(base, tmp_path, capsys):
   out = efft('import', f'--source={PEFT}', f'--base={base}', f'--output={tmp_path}/run', labels)
   assert 'peft' in out
   assert 'difference' in efft('merge', f'--run={tmp_path}/run', f'--output={tmp_path}/whole')
-  for form in ('hf', 'peft', 'adapterhub'):
+  for form in ('auto', 'hf', 'peft', 'adapterhub'):
     flags = f'--run={tmp_path}/run', f'--output={tmp_path}/{form}', f'--format={form}'
     assert 'difference' in efft('export', *flags)
   assert (tmp_path / 'hf' / 'model.safetensors').exists()

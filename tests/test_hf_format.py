@@ -20,6 +20,7 @@ from efft.models import convert, hub, weights
 from efft.models.encoder import Encoder
 
 ARCHITECTURES = tuple(hf_format.CLASSES)
+POOLERLESS = ('distilbert', 'electra')
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -177,12 +178,15 @@ def test_a_pruned_encoder_is_a_checkpoint_of_its_own(architecture, tmp_path):
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize('architecture', ['bert', 'roberta', 'distilbert'])
-def test_an_exported_run_is_a_checkpoint_of_its_own(architecture, tmp_path):
-  run = trained(tmp_path / 'run', 'lora', 1, architecture=architecture)
-  said = exchange.export(run, tmp_path / 'hf', 'hf')
-  assert said['difference'] < 1e-4 and said['notes'] == []
-  made = tmp_path / 'hf'
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('pooling', ['cls', 'mean'])
+def test_an_exported_run_is_a_checkpoint_of_its_own(architecture, pooling, tmp_path):
+  run = trained(tmp_path / 'run', 'lora', 1, architecture=architecture, pooling=pooling)
+  made = tmp_path / 'made'
+  said = exchange.export(run, made)
+  form = 'sentence-transformers' if pooling == 'mean' else 'hf'
+  assert said['format'] == form and said['difference'] < 1e-4
+  assert bool(said['notes']) == (pooling == 'mean' and architecture not in POOLERLESS)
   found = hub.load(str(made), num_labels=3, head='keep', key=jax.random.key(0))
   assert found.labels == LABELS and found.problem == 'single'
   rows = np.random.default_rng(0).integers(1, 60, (4, 9)).astype(np.int32)
@@ -196,13 +200,20 @@ def test_an_exported_run_is_a_checkpoint_of_its_own(architecture, tmp_path):
   kept = json.loads((made / 'tokenizer_config.json').read_text())
   assert kept['model_max_length'] == 24
   card = (made / 'README.md').read_text()
-  assert card.startswith('---\nlibrary_name: transformers\n') and '| 2 | yes |' in card
+  library = 'transformers' if form == 'hf' else form
+  assert card.startswith(f'---\nlibrary_name: {library}\n') and '| 2 | yes |' in card
+  assert found.cfg.pooling == pooling
+  drawn = hub.load(str(made), num_labels=5, head='new', key=jax.random.key(0))
+  assert drawn.sha256 == found.sha256 and drawn.params['head']['out']['bias'].shape == (5,)
 
 
 def test_what_transformers_cannot_hold_is_refused(tmp_path):
   mean = trained(tmp_path / 'mean', 'lora', 1, pooling='mean')
   with pytest.raises(InputError, match='--format=hf: found a head over the mean of all tokens'):
     exchange.export(mean, tmp_path / 'out', 'hf')
+  cls = trained(tmp_path / 'cls', 'lora', 1)
+  with pytest.raises(InputError, match='sentence-transformers: found .*own head .*--format=hf'):
+    exchange.export(cls, tmp_path / 'out', 'sentence-transformers')
   adapter = trained(tmp_path / 'adapter', 'pfeiffer', 1)
   with pytest.raises(InputError, match='cannot be folded.*use --format=adapterhub'):
     exchange.export(adapter, tmp_path / 'out', 'hf')

@@ -390,7 +390,7 @@ def test_what_efft_trained_is_written_and_read_again(kind, method, also, frozen,
   [
     ({'x': {'fn': 'adapter.pfeiffer'}}, '', 'adapter.pfeiffer.*--format=adapterhub'),
     ({'x': {'fn': 'spectral_init.loftq', 'rank': 2}}, '', 'spectral_init.loftq'),
-    ({**LORA, 'x': {'fn': 'scale.ia3'}}, '', 'lora.lora beside scale.ia3.*--format=hf'),
+    ({**LORA, 'x': {'fn': 'scale.ia3'}}, '', 'lora.lora beside scale.ia3.*--format=auto'),
     ({'x': {'fn': 'prompt.prompt', 'length': 2}}, '', "pooled='cls'"),
     ({'x': {'fn': 'prefix.prefix', 'length': 2}}, '', 'shift=False.*--format=adapterhub'),
     ({'x': {'fn': 'orthogonal.road', 'group_size': 8}}, '', 'not turned with its outputs'),

@@ -122,7 +122,7 @@ def test_export_of_a_pruned_run(staged, tmp_path):
 @pytest.mark.parametrize('format', ['peft', 'adapterhub'])
 def test_no_checkpoint_is_the_base_of_a_pruned_run(staged, tmp_path, format):
   for source in (staged[0], staged[0] / 'stages' / 's10_tune'):
-    with pytest.raises(InputError, match='use --format=hf'):
+    with pytest.raises(InputError, match='use --format=auto'):
       run.export(source, tmp_path / 'out', format)
   assert not (tmp_path / 'out').exists()
 

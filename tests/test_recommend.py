@@ -200,7 +200,7 @@ def test_the_folder_has_the_config_of_the_best_seed(runs, tmp_path):
   text = (output / 'recommendation.md').read_text()
   assert f'efft train --config={output}/config.json --workdir=runs/{best["arm"]}' in text
   assert found['commands'][1] == (
-    f'efft export --run=runs/{best["arm"]} --format=hf --output=runs/{best["arm"]}-hf'
+    f'efft export --run=runs/{best["arm"]} --output=runs/{best["arm"]}-whole'
   )
   before = files.digests(output)
   recommend(runs, max_trained=80_000, output=output)
@@ -227,7 +227,7 @@ def test_a_run_that_was_kept_is_offered_as_it_is(tmp_path):
   (kept / 'config.json').write_text('{}')
   commands = recommend(path)['commands']
   assert commands[0] == f'efft train --config={kept}/config.json --workdir=runs/lora'
-  assert commands[-1].startswith(f'efft export --run={kept} --format=hf')
+  assert commands[-1].startswith(f'efft export --run={kept} --output=')
 
 
 def test_the_command_line(runs, tmp_path, capsys):

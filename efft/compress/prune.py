@@ -150,7 +150,7 @@ def merge() -> Prune:
 def dead() -> Prune:
   """What learnt masks have left without effect: deltas are folded in, then empty structures go.
 
-  Unstructured zeros that remain are reported: they make files smaller, and nothing faster.
+  Unstructured zeros that remain are reported: they make nothing faster.
   """
 
   def act(subject: Subject) -> Smaller:

@@ -26,7 +26,7 @@ from efft.errors import InputError
 from efft.models import convert
 from efft.models.encoder import EncoderConfig, init_params
 
-REFUSED = 'merge it first (`efft export --format=hf`), or keep it in efft'
+REFUSED = 'merge it (`efft export --format=auto`), or keep it in efft'
 
 
 class Adapter(NamedTuple):

@@ -1,9 +1,9 @@
 """A whole model as Hugging Face's AutoModelForSequenceClassification reads it, without torch.
 
 config.json follows from the encoder's shapes, so it is the same wherever the numbers came from.
-What transformers cannot hold is refused (a head over the mean of all tokens; heads that do not fit
-into the hidden size) or made to fit without a change in the logits (layers of unequal width, or
-without heads or units, padded with zeros).
+What transformers cannot hold is refused (a head over the mean of all tokens, which is for
+`st_format`; heads that do not fit into the hidden size) or made to fit without a change in
+the logits (layers of unequal width, or without heads or units, padded with zeros).
 """
 
 import dataclasses
@@ -53,15 +53,20 @@ def check(cfg: EncoderConfig) -> None:
     raise InputError(
       '--format=hf', f'a head over the {cfg.pooling} of all tokens',
       f"the head of transformers' {name}, over the first token",
-      'train with --config.model.pooling=cls',
+      'use --format=sentence-transformers, or train with --config.model.pooling=cls',
     )  # fmt: skip
+  fits(cfg, '--format=hf')
+
+
+def fits(cfg: EncoderConfig, where: str) -> None:
+  """Raises InputError, which names `where`, for shapes that no config.json of transformers says."""
   if not cfg.layers:
-    raise InputError('--format=hf', 'no layers', 'a layer or more', 'keep one, or keep the bundle')
+    raise InputError(where, 'no layers', 'a layer or more', 'keep one, or keep the bundle')
   most = cfg.hidden // cfg.head_dim
   if any(cfg.heads) and (cfg.hidden % cfg.head_dim or max(cfg.heads) > most):
     # Zeros cannot fill the hidden size up: LayerNorm would take their mean and variance, too.
     raise InputError(
-      '--format=hf',
+      where,
       f'up to {max(cfg.heads)} heads of {cfg.head_dim} in a hidden size of {cfg.hidden}',
       f'a multiple of {cfg.head_dim} and at most {most} heads a layer, as heads fill the hidden '
       'size in transformers',
@@ -95,12 +100,28 @@ def write(
   """
   check(cfg)
   whole, params, notes = padded(cfg, params)
-  config = _config(whole, labels, kind)
+  kind_of_model = f'{CLASSES[cfg.architecture]}ForSequenceClassification'
+  tensors = convert.to_hf(params, whole)
   contents = {
-    'config.json': json.dumps(config, indent=2).encode() + b'\n',
-    'model.safetensors': foreign.packed(convert.to_hf(params, whole), {'format': 'pt'}),
-    'tokenizer.json': tokenizer.encode(),
+    **checkpoint(config(whole, kind_of_model, labels, kind), tensors),
+    **tokenizer_files(cfg, tokenizer, max_length, base),
   }
+  return contents, notes
+
+
+def checkpoint(config: Mapping, tensors: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+  """config.json and model.safetensors."""
+  return {
+    'config.json': json.dumps(config, indent=2).encode() + b'\n',
+    'model.safetensors': foreign.packed(tensors, {'format': 'pt'}),
+  }
+
+
+def tokenizer_files(
+  cfg: EncoderConfig, tokenizer: str, max_length: int, base: Path | None
+) -> dict[str, bytes]:
+  """What transformers' AutoTokenizer reads; arguments as for `write`."""
+  contents = {'tokenizer.json': tokenizer.encode()}
   pruned = base is not None and _vocab_size(base) not in (None, cfg.vocab_size)
   names = _TOKENIZER if pruned else _TOKENIZER + _VOCABULARY
   found = {name: base / name for name in names if base and (base / name).is_file()}
@@ -116,7 +137,7 @@ def write(
   given.pop('auto_map', None)
   given['model_max_length'] = min(max_length, cfg.max_length)
   contents['tokenizer_config.json'] = json.dumps(given, indent=2, ensure_ascii=False).encode()
-  return contents, notes
+  return contents
 
 
 def padded(cfg: EncoderConfig, params: Mapping) -> tuple[EncoderConfig, Mapping, list[str]]:
@@ -187,11 +208,11 @@ def _tokenizer_config(cfg: EncoderConfig, tokenizer: Mapping) -> dict:
   }
 
 
-def _config(cfg: EncoderConfig, labels: Sequence[str], kind: str) -> dict:
-  """config.json; `convert.config_from_hf` reads it back."""
+def config(cfg: EncoderConfig, name: str, labels: Sequence[str], kind: str) -> dict:
+  """config.json of transformers' class `name`; `convert.config_from_hf` reads it back."""
   names = list(labels) or ['LABEL_0']
   return convert.config_to_hf(cfg) | {
-    'architectures': [f'{CLASSES[cfg.architecture]}ForSequenceClassification'],
+    'architectures': [name],
     'id2label': {str(i): name for i, name in enumerate(names)},
     'label2id': {name: i for i, name in enumerate(names)},
     'problem_type': _PROBLEMS[kind],

@@ -143,7 +143,7 @@ def write_params(adapter: foreign.Adapter, leaves: foreign.Keys, base: hub.Base)
       tensors[f'{module}.beft_bias'] = (leaves.take(path) - flat[path]).reshape(1, -1)
     return 'BEFT', Written({}, tensors, targets=tuple(targets))
   found = 'no delta, and trained parameters other than norms, or biases of linear layers'
-  raise InputError('--format=peft', found, 'a method of HF PEFT', 'try --format=hf')
+  raise InputError('--format=peft', found, 'a method of HF PEFT', 'try --format=auto')
 
 
 _SIZES = {'token_dim': 'embed_dim', 'num_layers': 'layers'}

@@ -337,7 +337,7 @@ def refusal(found: str, method: Mapping) -> InputError:
   """The error for what PEFT does not compute, naming a format that may hold it."""
   merges = method and not peft.fixed(peft.build(method))
   other = any(_adapterhubs(spec) for spec in method.values())
-  able = ['--format=hf'] * bool(merges) + ['--format=adapterhub'] * other
+  able = ['--format=auto'] * bool(merges) + ['--format=adapterhub'] * other
   fix = f'try {" or ".join(able)}' if able else 'keep the bundle'
   return InputError('--format=peft', found, 'what HF PEFT computes exactly', fix)
 

@@ -3,6 +3,7 @@
 Nothing in a model folder is imported or unpickled; of its JSON only known keys are read.
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ import tokenizers
 
 from efft import files
 from efft.errors import EnvironmentProblem, InputError
-from efft.models import convert, weights
+from efft.models import convert, sentence, weights
 from efft.models.encoder import EncoderConfig
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,9 @@ _VOCABULARIES = (
 )
 _FILES = (
   'config.json', weights.SINGLE, weights.INDEX, 'model-*.safetensors', 'modules.json',
-  '1_Pooling/config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'added_tokens.json', *_VOCABULARIES,
+  f'{sentence.POOLING}/config.json', f'{sentence.DENSE}/config.json',
+  f'{sentence.DENSE}/{weights.SINGLE}', 'tokenizer.json', 'tokenizer_config.json',
+  'special_tokens_map.json', 'added_tokens.json', *_VOCABULARIES,
 )  # fmt: skip
 _PROBLEMS = {
   'single_label_classification': 'single',
@@ -49,7 +51,7 @@ class Base:
   Attributes:
     params: the tree below 'params', f32 numpy arrays.
     name: as the user wrote it.
-    sha256: over the weight files and config.json (`weights.digest`).
+    sha256: over the weight files, a sentence encoder's head and config.json (`weights.digest`).
     problem: 'single', 'multi' or 'regression', if the checkpoint says so.
     labels: the checkpoint's own class names, if it has real ones.
   """
@@ -73,7 +75,8 @@ def load(
     num_labels: outputs of the classification head.
     pooling: 'cls', 'mean', or 'auto': what a sentence encoder's 1_Pooling/config.json says, else
       'cls'. A sentence encoder's 'cls' is read by the architecture's own head here.
-    head: 'new' draws a classification head with `key`, 'keep' takes the checkpoint's.
+    head: 'new' draws a classification head with `key`, 'keep' takes the checkpoint's, which of a
+      sentence encoder is a linear layer over the mean (`sentence.head`).
 
   Raises InputError as `resolve`, `weights.Weights`, `convert.config_from_hf`, `convert.from_hf`.
   """
@@ -81,12 +84,19 @@ def load(
   file = folder / 'config.json'
   config = weights.read_json(file)
   if pooling == 'auto':
-    pooling = _pooling(folder)
+    pooling = sentence.pooling(folder)
   cfg = convert.config_from_hf(config, num_labels=num_labels, pooling=pooling, where=str(file))
   tensors = weights.Weights(folder)
+  sources = [file, *tensors.files]
+  if linear := pooling == 'mean' and sentence.head(folder):
+    layer = weights.Weights(linear)
+    sources += layer.files
+    name = convert.hf_name('head/out/bias', cfg).removesuffix('bias')
+    own = {name + key.removeprefix('linear.'): layer[key] for key in layer}
+    tensors = collections.ChainMap(own, tensors)
   params = convert.from_hf(tensors, cfg, head=head, key=key, where=str(folder))
   return Base(
-    cfg, params, folder, str(name_or_path), weights.digest([file, *tensors.files]),
+    cfg, params, folder, str(name_or_path), weights.digest(sources),
     _PROBLEMS.get(str(config.get('problem_type'))), _labels(config.get('id2label')),
   )  # fmt: skip
 
@@ -153,37 +163,6 @@ def _labels(id2label) -> tuple[str, ...] | None:
   names = tuple(id2label.get(str(i)) for i in range(len(id2label)))
   real = all(isinstance(n, str) and not re.fullmatch(r'LABEL_\d+', n) for n in names)
   return names if real and len(set(names)) == len(names) else None
-
-
-def _pooling(folder: Path) -> str:
-  """'mean' or 'cls', as the sentence encoder in `folder` says; 'cls' where it is none."""
-  place = '1_Pooling'
-  modules = folder / 'modules.json'
-  if modules.exists():
-    entries = [m for m in weights.read_json(modules, list) if isinstance(m, dict)]
-    kinds = {str(m.get('type')).rpartition('.')[2]: m.get('path') for m in entries}
-    if 'Dense' in kinds:
-      log.info('%s: the sentence encoder ends in a Dense layer, which is left out', folder)
-    place = kinds.get('Pooling')
-    if place is None:
-      return 'cls'
-    if not isinstance(place, str) or not re.fullmatch(r'\w+', place):
-      raise InputError(str(modules), f'path {place!r}', 'the name of a folder', 'mend the file')
-  file = folder / place / 'config.json'
-  if not file.exists():
-    return 'cls'
-  config = weights.read_json(file)
-  modes = {
-    key.removeprefix('pooling_mode_').removesuffix('_tokens').removesuffix('_token')
-    for key, on in config.items()
-    if key.startswith('pooling_mode_') and on is True
-  }
-  mode = config.get('pooling_mode', ' and '.join(sorted(modes)))
-  if mode not in ('mean', 'cls'):
-    fix = 'set model.pooling=mean or model.pooling=cls'
-    raise InputError(str(file), f'pooling by {mode!r}', 'mean or cls', fix)
-  log.info('%s: a sentence encoder, pooling=%s', folder, mode)
-  return mode
 
 
 def snapshot(

@@ -259,10 +259,10 @@ def _commands(row: pd.Series, record: dict, folder: Path, output) -> list[str]:
     source = kept / 'config.json'
   if source is not None:
     lines.append(f'efft train --config={shlex.quote(str(source))} --workdir={workdir}')
-    lines.append(f'efft export --run={workdir} --format=hf --output={workdir}-hf')
+    lines.append(f'efft export --run={workdir} --output={workdir}-whole')
   if kept is not None and (kept / 'bundle').is_dir():
     run = shlex.quote(str(kept))
-    lines.append(f'efft export --run={run} --format=hf --output={workdir}-hf  # as it was measured')
+    lines.append(f'efft export --run={run} --output={workdir}-whole  # as it was measured')
   return lines
 
 

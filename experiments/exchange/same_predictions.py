@@ -3,8 +3,9 @@
     python experiments/exchange/same_predictions.py --run=runs/mrpc [--split=validation]
 
 Writes the run in every format that can hold it, loads each with the library that it is for
-(transformers, HF PEFT, AdapterHub; those that are installed), classifies the split of the run's own
-task, and prints how many predictions and how much of the logits differ. Needs torch.
+(transformers, sentence-transformers, HF PEFT, AdapterHub; those that are installed), classifies the
+split of the run's own task, and prints how many predictions and how much of the logits differ.
+Needs torch.
 """
 
 import tempfile
@@ -45,10 +46,22 @@ def adapterhub(folder, base, labels):
   return model
 
 
-LOADERS = {'hf': whole, 'peft': peft, 'adapterhub': adapterhub}
+def sentences(folder, base, labels):
+  from sentence_transformers import SentenceTransformer
+
+  del base, labels
+  return SentenceTransformer(str(folder), device='cpu')
+
+
+LOADERS = {
+  'hf': whole, 'sentence-transformers': sentences, 'peft': peft, 'adapterhub': adapterhub,
+}  # fmt: skip
 
 
 def logits(model, tokenizer, part, length: int) -> np.ndarray:
+  if hasattr(model, 'encode'):
+    pairs = part.pairs and list(map(list, zip(part.texts, part.pairs, strict=True)))
+    return model.encode(pairs or part.texts)
   found = []
   with torch.no_grad():
     for i in range(0, len(part), 32):
