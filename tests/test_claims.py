@@ -14,6 +14,10 @@ SMALL = [0.1, -0.1, 0.2, -0.2]
   [
     (ABOVE, 'more', 0.0, claims.AGREES),
     (ABOVE, 'less', 0.0, claims.DISAGREES),
+    (BELOW, 'less', 0.5, claims.AGREES),
+    (BELOW, 'less', 5.0, claims.DISAGREES),
+    (BELOW, 'less', 2.0, claims.OPEN),
+    (ABOVE, 'more', 2.0, claims.OPEN),
     (ABOVE, 'same', 0.5, claims.DISAGREES),
     (ABOVE, 'same', 5.0, claims.AGREES),
     (BELOW, 'more', 0.0, claims.DISAGREES),
@@ -55,6 +59,11 @@ def test_seeds_of_one_task_do_not_stand_for_others():
   # One value a task: four tasks that disagree tell nothing, however many decimals they have.
   found = claims.judge('text', {'a': [4.0], 'b': [5.0], 'c': [-1.0], 'd': [2.0]}, 'more')
   assert found.verdict == claims.OPEN and '3 of 4 tasks' in found.found
+
+
+def test_one_value_has_no_spread():
+  assert claims.spread([81.23]) == '81.2' and claims.spread([]) == '-'
+  assert claims.spread([81.0, 83.0]) == '82.0 ± 1.4'
 
 
 def test_an_unknown_expectation_is_refused():

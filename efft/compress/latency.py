@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -199,18 +200,28 @@ def known(cfg: EncoderConfig, batch: int, length: int, dtype: str = 'float32') -
   It belongs to the processor, to how many of its cores are used and to jax; not to what else the
   machine was doing.
   """
+  if (table := kept(cfg, batch, length, dtype)) is not None:
+    return table
+  log.info('measuring what blocks cost at %d x %d tokens', batch, length)
+  table = measure(cfg, batch, length, dtype)
+  found = json.dumps(table.to_dict()).encode()
+  files.write_sealed(_entry(cfg, batch, length, dtype), found, 'latency')
+  return table
+
+
+def kept(cfg: EncoderConfig, batch: int, length: int, dtype: str = 'float32') -> Table | None:
+  """What `known` need not measure."""
+  found = files.read_sealed(_entry(cfg, batch, length, dtype))
+  return None if found is None else Table.from_dict(json.loads(found))
+
+
+def _entry(cfg: EncoderConfig, batch: int, length: int, dtype: str) -> Path:
   shape = cfg.hidden, cfg.head_dim, max(cfg.heads), max(cfg.mlp), cfg.vocab_size, cfg.embed_dim
   shape += cfg.architecture, cfg.activation
   device = jax.devices()[0].device_kind, jax.device_count(), jax.__version__
   device += cpu.name(), cpu.cores()  # jax calls every processor 'cpu'
   key = repr((shape, batch, length, dtype, device)).encode()
-  entry = packages.cache_root() / 'latency' / hashlib.sha256(key).hexdigest()
-  if (kept := files.read_sealed(entry)) is not None:
-    return Table.from_dict(json.loads(kept))
-  log.info('measuring what blocks cost at %d x %d tokens', batch, length)
-  table = measure(cfg, batch, length, dtype)
-  files.write_sealed(entry, json.dumps(table.to_dict()).encode(), 'latency')
-  return table
+  return packages.cache_root() / 'latency' / hashlib.sha256(key).hexdigest()
 
 
 def forward(

@@ -41,11 +41,11 @@ def judge(
 ) -> Claim:
   """Judges a claim about the mean of `differences` {task: [a value for each seed]}.
 
-  'more' agrees where the whole interval is above 0 and disagrees where all of it is below, 'less'
-  the other way round; 'same' agrees where the interval is within `margin` of 0 and disagrees where
-  the two do not meet. 'not less' agrees where the whole interval is above -margin and disagrees
-  where all of it is below that; 'not more' the other way round. Of fewer than three differences
-  nothing can be told.
+  'more' agrees where the whole interval is above `margin` and disagrees where all of it is below,
+  'less' the other way round with -margin; 'same' agrees where the interval is within `margin` of 0
+  and disagrees where the two do not meet. 'not less' agrees where the whole interval is above
+  -margin and disagrees where all of it is below that; 'not more' the other way round. Of fewer than
+  three differences nothing can be told.
 
   Raises:
     InputError: an expectation that there is not.
@@ -65,8 +65,8 @@ def judge(
     return Claim(text, f'{mean:+.1f}{unit} ({sizes})', OPEN)
   found = f'{mean:+.1f}{unit} ({low:+.1f} to {high:+.1f}, {sizes})'
   agrees, disagrees = {
-    'more': (low > 0, high < 0),
-    'less': (high < 0, low > 0),
+    'more': (low > margin, high < margin),
+    'less': (high < -margin, low > -margin),
     'same': (-margin <= low and high <= margin, high < -margin or low > margin),
     'not less': (low >= -margin, high < -margin),
     'not more': (high <= margin, low > margin),
@@ -82,11 +82,11 @@ def markdown(claims: Sequence[Claim]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-  """'81.2 ± 0.4': mean and standard deviation; '-' of nothing."""
+  """'81.2 ± 0.4': mean and standard deviation; of one value that alone, '-' of nothing."""
   if not values:
     return '-'
-  sd = stdev(values) if len(values) > 1 else 0.0
-  return f'{fmean(values):.{digits}f} ± {sd:.{digits}f}'
+  mean = f'{fmean(values):.{digits}f}'
+  return f'{mean} ± {stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence], words: int) -> str:
@@ -114,7 +114,7 @@ def scores(rows: pd.DataFrame, arm: str, tasks: Iterable[str], mark: str = '') -
   for task in tasks:
     if task in own.index:
       row = own.loc[task]
-      text = f'{100 * row["mean"]:.1f} ± {100 * row["sd"]:.1f}'
+      text = spread([100 * x for x in row['values'].values()])
       cells.append(text + mark if flat(row) else text)
     else:
       cells.append('-')

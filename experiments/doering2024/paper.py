@@ -1,4 +1,4 @@
-"""study.py by data for an encoder of the paper's time, all tenths of the data, all of GLUE's tasks.
+"""study.py by data for an encoder of the paper's time, all tenths of the data, GLUE but wnli.
 
     efft sweep --study=experiments/doering2024/paper.py --workdir=runs/doering2024 [--shard=i/n]
 

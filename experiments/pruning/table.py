@@ -5,6 +5,7 @@
 The same records give the same bytes.
 """
 
+import math
 import re
 import statistics
 from pathlib import Path
@@ -13,6 +14,7 @@ from absl import app, flags
 
 from efft import files
 from efft.report import claims, plots
+from efft.report import statistics as intervals
 
 HERE = Path(__file__).parent
 STEPS = flags.DEFINE_integer('steps', 300, 'of the base runs')
@@ -24,7 +26,7 @@ seed, {steps} steps of 16 at 1e-4; every chain of stages starts from that run an
 has pruned, by as many steps as the table says (block and cofi learn masks for {steps} of them,
 movement for all; ziplm trains after each of its speed-ups, which its stages name). `none` prunes
 nothing and trains on: `of the unpruned` is test accuracy in percent of what it has with that seed
-after as many steps, or the next longer ones that were run. `+distil` has the unpruned run as its
+after as many steps. `+distil` has the unpruned run as its
 teacher, by its logits, ziplm also by its hidden states, token by token. Each stage begins anew with
 the first batches of its order, so that most stages see examples that the base run has seen. Sizes
 and rates are fixed beforehand. Mean and standard deviation over seeds.
@@ -33,7 +35,7 @@ and rates are fixed beforehand. Mean and standard deviation over seeds.
 in turn, 32 texts of 64 tokens and one; `by the table`: what the latency table of single blocks
 says for 32 (ziplm asks it for five percent more than its stages name). `kernels`: the numbers of
 the layers' kernels that are not zero, in percent of all; movement pruning leaves single zeros,
-which save space and no time. Made by `run.py` and `table.py`.
+which save no time. Made by `run.py` and `table.py`.
 
 ![Test accuracy against speed-up](speedup.png)
 """
@@ -72,21 +74,18 @@ def unpruned(records: list[dict]) -> dict[tuple, dict]:
   return found
 
 
-def reference(found: dict[int, dict], steps: int) -> dict:
-  """What trained as long, or else the next longer one, or else the longest."""
-  return found[min((n for n in found if n >= steps), default=max(found))]
-
-
 def points(records: list[dict]) -> list[dict]:
-  """A row for each task, chain and stage that trains: means over the seeds that have a base."""
+  """A row for each task, chain and stage that trains: means over the seeds that have a base, and
+  an unpruned run of as many steps."""
   bases = unpruned(records)
   trained = [
     r for r in records
-    if r['chain'] not in ('base', 'curve') and 0 in bases.get((r['task'], r['seed']), {})
+    if r['chain'] not in ('base', 'curve')
+    and {0, r['steps_after']} <= bases.get((r['task'], r['seed']), {}).keys()
   ]  # fmt: skip
   found = []
   for (task, chain, stage), own in grouped(trained, 'task', 'chain', 'stage').items():
-    whole = [reference(bases[task, r['seed']], r['steps_after']) for r in own]
+    whole = [bases[task, r['seed']][r['steps_after']] for r in own]
     dense = [bases[task, r['seed']][0] for r in own]
     way, distil = described(chain, stage)
     found.append({
@@ -120,9 +119,11 @@ def goal(rows: list[dict]) -> str:
       continue
     best = max(fast, key=lambda r: statistics.mean(r['chosen']))
     kept = statistics.mean(best['kept'])
+    low, high, _ = intervals.stratified([best['kept']])
     verdict = 'reached' if kept >= KEPT else f'missed by {KEPT - kept:.1f} points'
+    told = '' if math.isnan(low) else f' (95 % interval of the mean {low:.1f} to {high:.1f})'
     lines.append(
-      f'- {task}: `{best["chain"]}` ({best["stage"]}), {claims.spread(best["kept"])} % at '
+      f'- {task}: `{best["chain"]}` ({best["stage"]}), {claims.spread(best["kept"])} %{told} at '
       f'{claims.spread(best["speedup"], 2)} times the speed: {verdict}.'
     )
   return '\n'.join(lines)

@@ -1,6 +1,6 @@
 """Thomas 2025 (ESP-IJACT 3(3):1-7): fine-tuning, adapters, pruning, quantisation, and all at once.
 
-    export EFFT_DATA=FOLDER    # sst2/, mrpc/, cola/ and stsb/, where the hub is out of reach
+    export EFFT_DATA=FOLDER    # sst2/, where the hub is out of reach; the others are packages
     efft sweep --study=experiments/thomas2025/study.py --workdir=experiments/thomas2025
 
 The paper compares adapters and LoRA, the removal of layers, and quantisation on sentiment and topic
