@@ -11,6 +11,7 @@ VARIES = (
   'seed', 'task.*', 'model.dropout', 'method.*.alpha', 'method.*.rank', 'optim.lr',
   'optim.weight_decay', 'optim.groups.*.lr', 'optim.groups.*.weight_decay',
 )  # fmt: skip
+ANY = ['varies']  # stands for a number that may differ, but has to be there in all members
 PLACES = 8  # members that train side by side, unless told otherwise
 _VARIES = re.compile('|'.join(re.escape(name).replace(r'\*', '.+') for name in VARIES))
 
@@ -21,7 +22,7 @@ def common(config) -> dict | None:
   alone = config['stages'] or config['distil']['teacher'] or config['mesh']['distributed']
   if alone or any('transform' in fields for fields in config['optim']['groups'].values()):
     return None
-  return {path: x for path, x in paths(config).items() if not varies(path, x)}
+  return {path: ANY if varies(path, x) else x for path, x in paths(config).items()}
 
 
 def varies(path: str, value: Any) -> bool:

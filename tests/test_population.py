@@ -177,6 +177,13 @@ def test_what_cannot_train_together_is_refused(fields, message, data, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_number_is_in_all_members_or_in_none(data, tmp_path):
+  groups = {'head': {'lr': 1e-2}}, {'head': {'lr': 1e-2}, 'delta': {'lr': 1e-3}}
+  own = [lora(data, optim__groups=some) for some in groups]
+  with pytest.raises(InputError, match='b with another config.optim.groups.delta.lr'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+
+
 def test_numbers_that_a_method_decides_by_are_refused(data, tmp_path):
   own = [lora(data), lora(data, method__lora__alpha=4.0)]
   for given in own:
@@ -192,6 +199,13 @@ def test_a_smaller_rank_of_some_sites_alone_is_refused(data, tmp_path):
     given.method.lora.rank_pattern = [('layer_0.*', 2)]
   with pytest.raises(InputError, match='method.lora: found ranks 3, 8'):
     population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+
+
+def test_ranks_of_several_sizes_go_by_no_optimiser_of_whole_matrices(data, tmp_path):
+  own = [lora(data, optim__name='adafactor', method__lora__rank=rank) for rank in (4, 8)]
+  with pytest.raises(InputError, match='several sizes with adafactor'):
+    population.train(own, [tmp_path / 'a', tmp_path / 'b'])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('name', ['dora', 'dylora'])

@@ -142,6 +142,17 @@ def test_less_is_better_for_a_loss(tmp_path):
   assert recommend(path, max_trained=1_000, min_relative_metric=0.375)['fits']
 
 
+def test_the_best_keeps_a_relative_limit_below_zero(tmp_path):
+  made = [
+    make.record(arm, seed, metric='matthews',
+                metrics={'validation': {'matthews': score}, 'report': {'matthews': score}})
+    for arm, score in (('full', -0.1), ('lora', -0.2)) for seed in range(3)
+  ]  # fmt: skip
+  found = recommend(make.write(tmp_path, made), min_relative_metric=0.97)
+  assert found['fits'] and found['choice']['arm'] == 'full'
+  assert found['constraints'] == ['matthews >= -0.1030']
+
+
 def test_shapes_sizes_and_memory_can_be_named(runs):
   found = recommend(runs, max_latency_ms=20, latency_batch=8)
   assert found['constraints'] == ['latency of 8 × 128 tokens, ms <= 20.0']

@@ -174,6 +174,9 @@ def test_settings_are_overrides_but_the_seed():
     for lr in (0.1, 0.2) for s in range(2)
   ]  # fmt: skip
   assert naming.settings(['a'] * 4, made) == ['optim.lr=0.1'] * 2 + ['optim.lr=0.2'] * 2
+  # A field that there was not when the others were made stands at its default.
+  made[1]['config'] = made[1]['config'] | {'train': {'consistency': 0.0}}
+  assert naming.settings(['a'] * 4, made) == ['optim.lr=0.1'] * 2 + ['optim.lr=0.2'] * 2
 
 
 def test_what_all_arms_share_is_no_name_of_a_setting():

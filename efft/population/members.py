@@ -89,7 +89,19 @@ def gather(resolved: Sequence[dict], workdirs: Sequence[Path]) -> list[Member]:
       _WHERE, found, 'pieces of one size', 'set train.accumulate, or train one by one'
     )
   _differences(members)
+  if _whole_leaves(members[0].config['optim']) and len({*map(_sizes, members)}) > 1:
+    found = 'ranks or heads of several sizes with adafactor, which scales by whole matrices'
+    raise InputError(_WHERE, found, 'adamw or lion, or one size', _FIX)
   return members
+
+
+def _whole_leaves(options: Mapping) -> bool:
+  groups = options['groups'].values()
+  return 'adafactor' in {options['name'], *(group.get('name') for group in groups)}
+
+
+def _sizes(m: Member) -> tuple:
+  return tuple(sorted((p, np.shape(x)) for p, x in tree.flatten(m.job.parts.trainable).items()))
 
 
 def _check(resolved: Sequence[dict], workdirs: Sequence[Path]) -> None:

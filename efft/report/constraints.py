@@ -94,8 +94,8 @@ def limits(
     chosen, _ = selection.choose(selection.Settings(rows, rows.iloc[:0], [], []), intervals=False)
     top = (chosen['sign'] * chosen['mean']).max() * chosen['sign'].iloc[0]
     share = asked['min_relative_metric']
-    # Of a loss, 97 % as good is 1 / 0.97 as much.
-    limit = share * top if chosen['sign'].iloc[0] > 0 else top / share
+    # Of a loss, 97 % as good is 1 / 0.97 as much; of a correlation below 0, 3 % of it further down.
+    limit = top - (1 - share) * abs(top) if chosen['sign'].iloc[0] > 0 else top / share
     found.append(Constraint('min_relative_metric', rows['metric'].iloc[0], limit))
   return found
 

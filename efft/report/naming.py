@@ -39,7 +39,7 @@ def settings(groups: Sequence[Hashable], records: Sequence[Mapping]) -> list[str
     configs = [_fields(records[i].get('config')) for i in indices]
     # A failed run may have no config; it must not split the setting of the others.
     known = [config for config in configs if config]
-    differ = {n for n in _names(known) if len({_text(c.get(n)) for c in known}) > 1}
+    differ = {n for n in _names(known) if len({_text(c.get(n, _default(n))) for c in known}) > 1}
     fields = [
       some | {n: v for n, v in config.items() if n in differ and some.get(n, v) == v}
       for config, some in zip(configs, overrides, strict=True)
@@ -80,6 +80,11 @@ def _shared(overrides: Sequence[Mapping], groups: int) -> set[str]:
     for name in set.intersection(*map(set, overrides))
     if len({_text(some[name]) for some in overrides}) == 1
   }
+
+
+def _default(name: str):
+  """What a config has that was resolved before there was such a field."""
+  return FIELDS[name].default if name in FIELDS else None
 
 
 def _names(dicts: Iterable[Mapping]) -> set[str]:

@@ -241,10 +241,11 @@ def _one_metric(rows: list[dict]) -> None:
 
 
 def _data_notes(rows: list[dict], records: list[dict], kept: Iterable[int]) -> list[str]:
-  notes, data, machines = [], {}, {}
+  notes, data, machines, together = [], {}, {}, set()
   for row, record in ((rows[i], records[i]) for i in kept):
     if row['status'] != 'ok':
       continue
+    together.add(bool(row.get('train.population')))
     if digest := row.get('data.sha256'):
       data.setdefault((row['task'], row['fraction'], row['seed']), set()).add(digest)
     usual = record.get('latency_device', record.get('device'))
@@ -258,6 +259,12 @@ def _data_notes(rows: list[dict], records: list[dict], kept: Iterable[int]) -> l
   mixed = {task for (task, _, _), digests in data.items() if len(digests) > 1}
   for task in sorted(mixed):
     notes.append(f'Runs of {task} with the same seed have seen different data (data.sha256).')
+  if len(together) > 1:
+    notes.append(
+      'Some runs trained in populations: their times of a step were measured apart, of usual '
+      'batches, and their times of training are shares of the whole; those of the others are of '
+      'their own runs.'
+    )
   if len(machines) > 1:
     names = '; '.join(sorted(machines))
     notes.append(f'Latency was measured on {len(machines)} machines, which differ: {names}.')
