@@ -4,7 +4,8 @@
 
 The same records give the same bytes. Plots are those of the folder report/:
 
-    efft report --split=held_out --runs=experiments/xu2023 --output=experiments/xu2023/report
+    efft report --split=held_out --baseline=FT --runs=experiments/xu2023 \\
+      --output=experiments/xu2023/report
 """
 
 from pathlib import Path
@@ -29,7 +30,9 @@ are cut to 48, 40, 64 and 20 tokens. The other half of validation has chosen the
 two, for FT, Adapter^S, Child-Tuning_D and MAM, and for the others in `experiments/methods`, on stsb
 (for sst2 and mrpc as well) and on cola. The configs are those of `configs/`, with efft's defaults:
 an adapter's width and a prefix' network are not the survey's. Cut: QQP, MNLI, QNLI and RTE, the
-large model, generation; `paper.py` asks for the models and the tasks. Where ° stands, all seeds
+large model, generation, whole epochs; `paper.py` asks for the models, the tasks and the epochs.
+Within a few hundred steps what learns slowly is behind for that alone: a disagreement is about such
+budgets. Where ° stands, all seeds
 score exactly alike, or not above 0: one class for all, nothing was learnt.
 
 `#TP` counts as the survey seems to: all that trains, masks by their scores, the head included but
