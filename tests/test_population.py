@@ -94,6 +94,8 @@ def test_a_member_is_its_single_run(name, data, together, tmp_path):
     'bundle',
     'README.md',
   }
+  # Nobody's: all but one are filled up to three classes, and that one has another task.
+  assert 'step' not in results and results['examples_per_second'] == 0
   records = [files.read_jsonl(folder / 'metrics.jsonl') for folder in (workdir, tmp_path / 'alone')]
   steps = [[(r['event'], r['step']) for r in found] for found in records]
   assert steps[0] == steps[1]
@@ -108,6 +110,18 @@ def test_members_differ(together):
   for i, a in enumerate(found):
     for b in found[:i]:
       assert np.abs(a[path][:3] - b[path][:3]).max() > 10 * TOLERANCE
+
+
+def test_what_a_step_costs_is_told_of_members_of_full_size(data, tmp_path):
+  ranks, workdirs = (2, 8, 8), [tmp_path / str(i) for i in range(3)]
+  members = [lora(data, method__lora__rank=r, seed=i) for i, r in enumerate(ranks)]
+  results = population.train(members, workdirs)
+  alone = finetune.train(members[1], tmp_path / 'alone')
+  assert 'step' not in results[0] and results[0]['examples_per_second'] == 0
+  for found in results[1:]:
+    assert found['step']['length'] == alone['step']['length']
+    assert found['step']['flops'] == pytest.approx(alone['step']['flops'], rel=0.02)
+    assert found['examples_per_second'] > 0
 
 
 def test_a_finished_member_is_not_made_again(data, together):

@@ -239,6 +239,12 @@ class _Population:
         self._pace()
       return [self._finish(m, time.time() - begin) for m in members]
 
+  def _paced(self, m: Member) -> bool:
+    """Whether `_pace` is about a member: of its task, and with nothing filled up."""
+    own = tree.flatten(m.job.variables).items()
+    same = m.job.data.name == self.members[0].job.data.name
+    return same and all(self.shapes[path] == np.shape(x) for path, x in own)
+
   def _pace(self) -> None:
     """What a step costs one member that is alone: the times of a population are of all together."""
     m, size = self.members[0], self.options['batch_size']
@@ -364,11 +370,12 @@ class _Population:
       step.State(last, m.config['seed'], own, None), best_step, last,
       m.memo.best_metrics if best_step == m.memo.best_step else m.memo.last_metrics,
       seconds=self.clock.seconds * share, compile_seconds=self.clock.compile_seconds * share,
-      examples_per_second=self.rate,
+      examples_per_second=self.rate if self._paced(m) else 0.0,
     )  # fmt: skip
     pieces = self.options['accumulate']
     results = finetune.hand_on(m.job, fit, m.workdir, seconds * share, accumulate=pieces)
-    results |= {'population': len(self.members), 'step': self.cost}
+    results |= {'population': len(self.members)}
+    results |= {'step': self.cost} if self._paced(m) else {}
     if m.config['task']['halves']:
       results['report'] = self._score(m, weights, 'report')
     finetune.finish(m.job, results, m.workdir)
