@@ -1,7 +1,6 @@
 """Block movement pruning with LoRA inside (Lagunas et al. 2021, arXiv 2109.04838).
 
-In attention LoRA is masked with the kernels; the feed-forward kernels have a LoRA of their own.
-How to change the threshold: configs/block_movement.py.
+In attention LoRA is masked, too; feed-forward kernels have LoRA beside. Threshold: block_movement.
 
     efft train --config=configs/block_movement_lora.py:task=rotten_tomatoes --workdir=runs/block
 """

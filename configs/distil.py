@@ -1,4 +1,4 @@
-r"""Full fine-tuning with a teacher's softened classes (Hinton et al. 2015, arXiv 1503.02531).
+r"""Full fine-tuning by a teacher's classes (Hinton et al. 2015, arXiv 1503.02531).
 
     efft train --config=configs/distil.py:task=rotten_tomatoes --workdir=runs/student \
       --config.distil.teacher=runs/large --config.model.name=distilbert-base-uncased

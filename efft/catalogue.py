@@ -4,7 +4,6 @@ python -m efft.catalogue      # writes methods.json anew, which `efft methods` p
 """
 
 import ast
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from efft import assemble, compact, files, programs, tree
 from efft import config as configs
 from efft.models.encoder import Encoder, EncoderConfig, init_params
-from efft.peft import base, transform
+from efft.peft import base, build, transform
 
 FILE = Path(__file__).with_name('methods.json')
 BERT_BASE = EncoderConfig(
@@ -83,7 +82,7 @@ def family(resolved: Mapping) -> str:
   specs = [*resolved['method'].values(), *(g['transform'] for g in groups if 'transform' in g)]
   if not specs:
     return 'rules'
-  return importlib.import_module(f'efft.peft.{specs[0]["fn"].partition(".")[0]}').FAMILY
+  return build.family(specs[0]['fn'])
 
 
 def stored(deltas, variables: Mapping, optim: Mapping, groups: Mapping) -> int:

@@ -10,6 +10,7 @@ A stage that is finished is not made again: a run that was killed goes on where 
 
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,13 +43,15 @@ from efft.fields import FIELDS, FULL
 from efft.models import hub
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
-from efft.peft.build import call
+from efft.peft.build import call, family
+from efft.quantize import KERNELS
 from efft.training import losses
 
 log = logging.getLogger(__name__)
 
-# A teacher by this name is what the first stage that prunes was given.
+# A teacher by this name is what was there before the first stage that prunes or trains masks.
 UNPRUNED = 'unpruned'
+MASKS = 'pruning'  # FAMILY of the methods that are such masks
 
 
 def train(config, workdir, *, resume: str = 'auto') -> dict:
@@ -68,9 +71,9 @@ def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
 
   Stages before the first that prunes or quantises are left out: the run stands for them. What the
   config leaves at its default is the run's own: config.model's name, max_length, dtype and pooling,
-  and where it names no task the fields of config.task. Another max_length or dtype is that of the
-  smaller run; another model or pooling is refused. A task that is named is what all stages look at,
-  score by and train on.
+  and where it names no task the fields of config.task, and the seed, by which subsets are drawn.
+  Another max_length or dtype is that of the smaller run; another model or pooling is refused. A
+  task that is named is what all stages look at, score by and train on.
 
   Args:
     run: a run folder, or a bundle where the config names a task.
@@ -92,6 +95,13 @@ def compress(run, config, workdir, *, resume: str = 'auto') -> dict:
     fix = "as in config.stages = {'s1_heads': {'fn': 'prune.heads'}}"
     found = ', '.join(names) or 'none'
     raise InputError('config.stages', found, 'a stage that prunes or quantises', fix)
+  for name in names[:first]:
+    if masks(configs.tuned(config, config['stages'][name])):
+      raise InputError(
+        f'config.stages.{name}', 'masks that train before the first stage that prunes or quantises',
+        'such a stage before them, as all others are left out: the run stands for them',
+        "begin with {'s0_merge': {'fn': 'prune.merge'}}",
+      )  # fmt: skip
   config['stages'] = {name: config['stages'][name] for name in names[first:]}
   if not (workdir / 'config.json').exists():
     # The first stage would refuse them too, but in a folder that is then of this config.
@@ -112,6 +122,10 @@ def _inherit(given: dict, run: Path, content: bundle.Bundle) -> None:
     defaults = {name: FIELDS[f'task.{name}'].default for name in own['task']}
     changed = {n: x for n, x in task.items() if n not in defaults or x != defaults[n]}
     given['task'] = own['task'] | changed
+    if given.get('seed', FIELDS['seed'].default) == FIELDS['seed'].default:
+      given['seed'] = own['seed']
+    if given['task'] == own['task']:
+      assemble.own_task(run, content.labels)  # the same texts by now, too
   of_run = {
     'name': own['model']['name'] if own else content.base['name'], 'pooling': content.pooling,
     'max_length': content.max_length, 'dtype': content.dtype,
@@ -234,14 +248,32 @@ def _plan(config: dict, run: Path | None) -> dict[str, tuple[dict, Prune | None]
     else:
       plan[name] = configs.tuned(config, stage), None
       assemble.check_end(plan[name][0], f'config.stages.{name}')
+  first = next((i for i, each in enumerate(plan.values()) if prunes(*each)), len(plan))
+  for name, (own, prune) in list(plan.items())[first:]:
+    if run is None and not first and prune is None and own['distil']['teacher'] == UNPRUNED:
+      raise InputError(
+        f'config.stages.{name}.distil.teacher', f'{UNPRUNED!r}, and nothing before the first masks',
+        'a stage that trains before them', "add {'s0_tune': {}} or name a run",
+      )  # fmt: skip
   return plan
+
+
+def masks(config: Mapping) -> bool:
+  """Whether a stage that trains learns what to prune."""
+  return any(family(spec['fn']) == MASKS for spec in config['method'].values())
+
+
+def prunes(config: Mapping, prune: Prune | None) -> bool:
+  return prune is not None or masks(config)
 
 
 def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]:
   """A row for each stage, as it is finished."""
-  before, unpruned, known = run, run, None
+  before, unpruned, known = run, None, None
   for name, (config, prune) in plan.items():
     folder = workdir / 'stages' / name
+    if unpruned is None and prunes(config, prune):
+      unpruned = before
     file, begin = folder / 'stage.json', time.time()
     if prune is None:
       if before is not None:
@@ -250,7 +282,6 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
         config['distil']['teacher'] = str(unpruned or '')
       finetune.train(config, folder)
     else:
-      unpruned = before if not _pruned_yet(plan, name) else unpruned
       # Not by its results.json: a stage that was killed before its row was written may have been
       # made by other options, and nothing in it says by which.
       if not file.exists():
@@ -272,6 +303,8 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
         'parameters': _parameters(content),
         'layers': cfg.layers, 'heads': sum(cfg.heads), 'units': sum(cfg.mlp),
         'hidden': cfg.hidden, 'words': cfg.vocab_size,
+        **_counted(content),
+        **(files.read_json(folder / 'measured.json') if prune and prune.measure else {}),
         'seconds': round(time.time() - begin, 2),
       }  # fmt: skip
       files.write_json(file, row)
@@ -279,11 +312,6 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
         log.info('stage %s: %s', name, summary(row))
     before = folder
     yield row
-
-
-def _pruned_yet(plan: Mapping, name: str) -> bool:
-  """Whether a stage before this one prunes."""
-  return any(prune is not None for _, prune in list(plan.values())[: list(plan).index(name)])
 
 
 def _later(plan: Mapping, name: str) -> list:
@@ -299,7 +327,7 @@ def _shrink(
   Deltas are folded into the weights first, unless they train on: `goes_on` is the method of the
   next stage that trains, None where there is none.
   """
-  content = alone(content)
+  content, trained = alone(content), content.method
   if content.method and goes_on is not None and dict(goes_on) != content.method:
     content = merging.merged(content)
   cfg = EncoderConfig.from_dict(content.encoder)
@@ -312,11 +340,15 @@ def _shrink(
   feed = batches.Batches(encoded, min(prune.batch_size, len(encoded)), config['seed'])
   count = -(-min(prune.examples, len(encoded)) // feed.batch_size)
   part = data.splits['train']
+  looked_at = [feed.batch(i) for i in range(count)]
+  if surplus := count * feed.batch_size - min(prune.examples, len(encoded)):
+    looked_at[-1]['weights'][-surplus:] = 0
   subject = Subject(
-    net, variables, losses.build(content.kind), [feed.batch(i) for i in range(count)],
+    net, variables, losses.build(content.kind), looked_at,
     seed=config['seed'], tokenizer=content.tokenizer, texts=part.texts, pairs=part.pairs,
     max_length=content.max_length,
-    dense=EncoderConfig.from_dict(bundle.read_about(unpruned)['encoder']),
+    dense=EncoderConfig.from_dict(bundle.read_about(unpruned)['encoder']), dtype=content.dtype,
+    folded=bool(trained) and not content.method,
   )  # fmt: skip
   try:
     smaller = prune.act(subject)
@@ -338,10 +370,11 @@ def _shrink(
     )  # fmt: skip
     bundle.save(temp / 'bundle', content)
     own = config | {'method': method, 'rules': [list(rule) for rule in rules], 'stages': {}}
-    if not method:
-      own |= {'optim': {}}
+    own |= {'optim': {}, 'distil': {}}  # nothing trains here
     files.write_json(temp / 'config.json', configs.resolve(own))
     files.write_json(temp / 'results.json', {'parameters': _parameters(content)})
+    if prune.measure:
+      files.write_json(temp / 'measured.json', prune.measure(subject.dense, cfg, content.dtype))
 
 
 def alone(content: bundle.Bundle) -> bundle.Bundle:
@@ -386,6 +419,16 @@ def _parameters(content: bundle.Bundle) -> int:
   return sum(int(np.prod(x.shape)) for x in alone(content).leaves.values())
 
 
+def _counted(content: bundle.Bundle) -> dict[str, float]:
+  """{'zeros': the share of the layers' kernels that is exactly 0}, where they are plain floats."""
+  leaves = alone(content).leaves
+  kernels = [x for path, x in leaves.items() if re.fullmatch(KERNELS, path)]
+  if content.method or not all(isinstance(x, np.ndarray) for x in kernels):
+    return {}
+  zeros = sum(x.size - np.count_nonzero(x) for x in kernels)
+  return {'zeros': round(zeros / max(1, sum(x.size for x in kernels)), 6)}
+
+
 def _card(content: bundle.Bundle, results: dict, workdir: Path) -> str:
   stages = {row['stage']: summary(row) for row in results['stages']}
   costs = {name: results[name] for name in ('parameters', 'bundle_mb', 'wall_seconds')}
@@ -400,4 +443,7 @@ def _card(content: bundle.Bundle, results: dict, workdir: Path) -> str:
 def summary(row: dict) -> str:
   metrics = ', '.join(f'{name} {value:.4f}' for name, value in row['metrics'].items())
   shape = f'{row["layers"]} layers, {row["heads"]} heads, {row["units"]} units'
-  return f'{metrics}; {shape}, {row["parameters"]:,} parameters'
+  more = f', {100 * row["zeros"]:.0f} % of the kernels 0' if row.get('zeros') else ''
+  if 'speedup' in row:
+    more += f', {row["speedup"]:.2f} times as fast ({row["speedup_asked"]:g} asked)'
+  return f'{metrics}; {shape}, {row["parameters"]:,} parameters{more}'

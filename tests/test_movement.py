@@ -200,6 +200,12 @@ def test_beside_a_lora_of_its_own_name(names):
   np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('final', [15.0, 1.0, 0.0, -0.1])
+def test_a_schedule_ends_between_0_and_1(final):
+  with pytest.raises(ValueError, match='not between 0 and 1'):
+    movement.schedule(final)
+
+
 def trained(name, steps, rate, final=None, **options):
   """(world, its delta, merged params) after a run of the config on the small world."""
   here = tiny.world(tiny.settings(name, **options), tiny.SHORT)

@@ -10,7 +10,7 @@ from test_end_to_end import BERT, SMALL, reviews, write_csv
 
 from efft import bundle, config, files, main, pipeline, run
 from efft.classifier import Classifier
-from efft.compress import latency, prune
+from efft.compress import base, latency, prune
 from efft.data import sources
 from efft.errors import InputError
 from efft.models import hub
@@ -390,6 +390,66 @@ def test_masks_learnt_in_training_are_cut_out_without_a_difference(data, tmp_pat
   assert bundle.load(tmp_path / 'run').method == {}
 
 
+def test_the_unpruned_teacher_is_what_was_there_before_masks(data, tmp_path):
+  block = config.resolve(config.load('configs/block_movement.py:task=sst2'))
+  masks = {name: block[name] for name in ('method', 'rules', 'optim')}
+  masks['method']['block']['size'] = 8
+  teacher = {'distil': {'teacher': 'unpruned'}, 'train': {'steps': 2, 'save': 'last'}}
+  later = {'s2_learn': {**masks, **teacher}, 's3_dead': {'fn': 'prune.dead'}, 's4_tune': teacher}
+  with pytest.raises(InputError, match='s2_learn.distil.teacher: .*, and nothing before'):
+    pipeline.train(settings(data, **later), tmp_path / 'none')
+  given = settings(data, **{'s1_tune': {**teacher, 'train': {'steps': 1}}, **later})
+  pipeline.train(given, tmp_path / 'run')
+  stages = tmp_path / 'run' / 'stages'
+  found = {
+    name: files.read_json(stages / name / 'config.json')['distil']['teacher']
+    for name in given.stages
+  }
+  whole = str(stages / 's1_tune')
+  assert found == {'s1_tune': '', 's2_learn': whole, 's3_dead': '', 's4_tune': whole}
+
+
+def test_masks_that_compress_would_leave_out_are_refused(staged, tmp_path):
+  source, name = staged[0] / 'stages' / 's1_tune', staged[1].task.name
+  given = settings(name, 'block_movement', s1_tune={}, s2_dead={'fn': 'prune.dead'})
+  with pytest.raises(InputError, match='s1_tune: found masks that train .*prune.merge'):
+    pipeline.compress(source, given, tmp_path / 'run')
+  with pytest.raises(InputError, match='s2_dead: found no masks to fold in'):
+    pipeline.compress(source, settings(name, s2_dead={'fn': 'prune.dead'}), tmp_path / 'other')
+
+
+def test_compress_looks_at_the_data_that_the_run_was_trained_on(tmp_path):
+  file = reviews(tmp_path / 'own.csv')
+  given = settings(file)
+  given.train.steps, given.seed = 1, 3
+  pipeline.train(given, tmp_path / 'run')
+  smaller = config.load('configs/full.py')
+  with smaller.unlocked():
+    smaller.stages = {'s2_heads': HALF}
+  pipeline.compress(tmp_path / 'run', smaller, tmp_path / 'smaller')
+  assert files.read_json(tmp_path / 'smaller' / 'config.json')['seed'] == 3
+  with open(file, 'a') as more:
+    more.write('a film of another time,liked\n')
+  with pytest.raises(InputError, match='data'):
+    pipeline.compress(tmp_path / 'run', smaller, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_as_many_examples_are_looked_at_as_were_asked_for(staged, tmp_path, monkeypatch):
+  seen = []
+
+  def act(subject):
+    seen.append([float(batch['weights'].sum()) for batch in subject.batches])
+    return base.Smaller()
+
+  for asked, expected in ((20, [16, 4]), (32, [16, 16])):
+    prune = base.Prune(act, asked)
+    monkeypatch.setattr(pipeline, 'call', lambda *args, prune=prune: prune)
+    given = settings(staged[1].task.name, s2_heads=HALF)
+    pipeline.compress(staged[0] / 'stages' / 's1_tune', given, tmp_path / str(asked))
+    assert seen.pop() == expected
+
+
 def test_ziplm_measures_once_and_meets_its_target(staged, tmp_path, monkeypatch):
   source = staged[0] / 'stages' / 's1_tune'
   cfg = shape(source)
@@ -414,6 +474,9 @@ def test_ziplm_measures_once_and_meets_its_target(staged, tmp_path, monkeypatch)
     small = shape(tmp_path / 'run' / 'stages' / name)
     assert table.predict(cfg) / table.predict(small) >= speedup
   assert len(calls) == 2, 'one by the first stage, none by the second, one here'
+  rows = files.read_json(tmp_path / 'run' / 'results.json')['stages']
+  assert [row['speedup_asked'] for row in rows] == [1.5, 2.5]
+  assert all(row['speedup'] > 0 for row in rows) and '(2.5 asked)' in pipeline.summary(rows[1])
   beyond = settings(staged[1].task.name, s2_one={**stage, 'speedup': 1000.0})
   with pytest.raises(InputError, match='at most|largest'):
     pipeline.compress(source, beyond, tmp_path / 'beyond')

@@ -84,11 +84,13 @@ class Prune(NamedTuple):
     act: (subject) -> Smaller.
     examples: of the training split that it looks at; 0: none.
     batch_size: of the subject's batches.
+    measure: (config before any pruning, config now, dtype) -> what the stage's row says as well.
   """
 
   act: Callable
   examples: int = 0
   batch_size: int = 16
+  measure: Callable | None = None
 
 
 def ones(cfg: EncoderConfig) -> Gates:
@@ -147,6 +149,8 @@ class Subject:
     texts, pairs: of the training split.
     max_length: tokens of them that count.
     dense: config of the encoder before anything was pruned; None: of this one.
+    dtype: in which the run computes.
+    folded: whether there were deltas, which are in the weights already.
   """
 
   net: Any
@@ -159,6 +163,8 @@ class Subject:
   pairs: Sequence[str] | None = None
   max_length: int | None = None
   dense: EncoderConfig | None = None
+  dtype: str = 'float32'
+  folded: bool = False
 
   @property
   def cfg(self) -> EncoderConfig:

@@ -249,6 +249,19 @@ def whole(
   return seconds({'whole': forward(cfg, params, batch, length, dtype)})['whole']
 
 
+def faster(
+  old: EncoderConfig, new: EncoderConfig, batch: int, length: int, dtype: str = 'float32'
+) -> float:
+  """How many times as fast one encoder is as another, measured in turn; weights are made up."""
+  rng, fns = np.random.default_rng(0), {}
+  for name, cfg in (('old', old), ('new', new)):
+    shapes = jax.eval_shape(lambda key, cfg=cfg: init_params(cfg, key), jax.random.key(0))
+    params = jax.tree.map(lambda x: np.float32(0.02 * rng.standard_normal(x.shape)), shapes)
+    fns[name] = forward(cfg, params, batch, length, dtype)
+  took = seconds(fns, rounds=9)
+  return took['old'] / took['new']
+
+
 def _chain(block: Block, x, mask, depth: int, rng) -> Callable:
   """() -> x after `depth` such blocks."""
   shapes = jax.eval_shape(block.init, jax.random.key(0), x, mask)['params']

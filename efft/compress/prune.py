@@ -15,6 +15,7 @@ from efft.compress.base import Keep, Prune, Smaller, Subject
 from efft.data import vocabulary
 from efft.errors import nearest
 from efft.models import hub
+from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
 
 log = logging.getLogger(__name__)
@@ -150,50 +151,57 @@ def merge() -> Prune:
 def dead() -> Prune:
   """What learnt masks have left without effect: deltas are folded in, then empty structures go.
 
-  Unstructured zeros that remain are reported: they make nothing faster.
+  Unstructured zeros that remain are reported: they make nothing faster. Where no deltas are to be
+  folded in and nothing is dead, no masks were learnt: that is refused.
   """
 
   def act(subject: Subject) -> Smaller:
     merged = _merged(subject)
     slicing.check_float(merged)  # what deltas of rounding merge to, too
+    found = remains.sparsity(subject.cfg, merged['params'])
+    if not (subject.folded or 'delta' in subject.variables or any(found.values())):
+      raise ValueError(
+        'no masks to fold in, nothing dead and no zeros (`efft compress` leaves out what trains '
+        "before the first stage that prunes: begin with {'s0': {'fn': 'prune.merge'}})"
+      )
     keep, variables = remains.dead(subject.cfg, merged)
-    log.info('sparsity: %s', remains.sparsity(subject.cfg, variables['params']))
+    log.info('sparsity: %s', found)
     return Smaller(keep, variables)
 
   return Prune(act)
 
 
 def ziplm(
-  speedup: float = 2.0, batch: int = 32, length: int = 64, dtype: str = 'float32',
+  speedup: float = 2.0, batch: int = 32, length: int = 64, dtype: str = '',
   evaluations: int = 100, examples: int = 256, tried_on: int = 64,
 ) -> Prune:  # fmt: skip
   """Heads and units such that the encoder is so many times faster than before any pruning.
 
   See `efft.compress.ziplm`. What blocks cost is measured on this device, once, and kept in the
-  cache.
+  cache; how fast the encoder has become is measured as well, and stands in the stage's row.
 
   Args:
     speedup: at that batch and length, over the encoder before the first stage that pruned.
     batch, length: that the encoder shall be fast for.
-    dtype: likewise.
+    dtype: likewise; '': in which the run computes.
     evaluations: candidates tried.
     examples: of the training split, for the second moments of inputs.
     tried_on: of these examples, each candidate.
   """
   if speedup < 1 or batch < 1 or length < 1:
     raise ValueError(f'speedup {speedup}, batch {batch} or length {length} below 1')
-  _one_of('dtype', dtype, ('float32', 'bfloat16'))
+  _one_of('dtype', dtype, ('', 'float32', 'bfloat16'))
   _check_examples(examples)
   if evaluations < 1 or tried_on < 1:
     raise ValueError(f'evaluations {evaluations} or tried_on {tried_on} below 1')
 
   def act(subject: Subject) -> Smaller:
-    dense = subject.dense or subject.cfg
-    table = latency.known(dense, batch, length, dtype)
+    dense, kind = subject.dense or subject.cfg, dtype or subject.dtype
+    table = latency.known(dense, batch, length, kind)
     before = table.predict(dense)
     if (subject.cfg.hidden, subject.cfg.head_dim) != (table.hidden, table.head_dim):
       # Blocks as narrow as they are by now.
-      table = latency.known(subject.cfg, batch, length, dtype)
+      table = latency.known(subject.cfg, batch, length, kind)
     found = zip_lm.ziplm(
       subject,
       speedup,
@@ -204,17 +212,21 @@ def ziplm(
     )
     return Smaller(*found)
 
-  return _removing(act, examples)
+  def measure(dense: EncoderConfig, cfg: EncoderConfig, kind: str) -> dict:
+    ratio = latency.faster(dense, cfg, batch, length, dtype or kind)
+    return {'speedup': round(ratio, 3), 'speedup_asked': speedup}
+
+  return _removing(act, examples, measure)
 
 
-def _removing(act: Callable, examples: int = 0) -> Prune:
+def _removing(act: Callable, examples: int = 0, measure: Callable | None = None) -> Prune:
   """A stage for float encoders alone, which says so before it looks at any example."""
 
   def checked(subject: Subject) -> Smaller:
     slicing.check_float(subject.variables)
     return act(subject)
 
-  return Prune(checked, examples)
+  return Prune(checked, examples, measure=measure)
 
 
 def _one_of(what: str, given: str, able: Sequence[str]) -> None:

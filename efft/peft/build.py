@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from efft.errors import InputError
 
 
+def family(fn: str) -> str:
+  """FAMILY of the module that has a method: 'low rank' of 'lora.lora'."""
+  return importlib.import_module(f'efft.peft.{fn.partition(".")[0]}').FAMILY
+
+
 def call(where: str, spec: Mapping, kind: str, package: str = 'efft.peft'):
   """{'fn': 'lora.lora', 'rank': 8} -> efft.peft.lora.lora(rank=8).
 

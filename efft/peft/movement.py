@@ -319,11 +319,13 @@ def schedule(
   new value.
 
   Args:
-    final: where the numbers end.
+    final: where the numbers end, above 0 and below 1: shares, and thresholds of sigmoids.
     warmup: share of the run before they move.
     cooldown: share of the run after they have moved.
     power: 3: fast at first; 1: linear.
   """
+  if not 0 < final < 1:
+    raise ValueError(f'final {final} is not between 0 and 1: 0.15 is 15 %')
   if warmup < 0 or cooldown < 0 or warmup + cooldown >= 1:
     raise ValueError(f'warmup {warmup} and cooldown {cooldown} leave no time between them')
   if power <= 0:
