@@ -302,11 +302,12 @@ def one(task: str, seed: int, name: str) -> None:
   """Makes and records a chain, unless another process does; what remains of a killed one, too."""
   output = Path(OUTPUT.value)
   base = output.parent / 'bases' / f'{task}-{seed}-{STEPS.value}'
-  try:
-    mine = files.RunLock(base.with_suffix(f'.{name}')).__enter__()
-  except InputError:
-    sys.exit(BUSY)
-  with mine:
+  with contextlib.ExitStack() as mine:
+    try:
+      # Not with_suffix: names have dots.
+      mine.enter_context(files.RunLock(base.with_name(f'{base.name}.{name}')))
+    except InputError:
+      sys.exit(BUSY)
     if done(task, seed, name):
       return
     with alone(base.with_suffix('.making')):
