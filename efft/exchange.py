@@ -103,11 +103,11 @@ def _whole(run: Path, content: bundle.Bundle, format: str, tolerance: float, spl
   said = merging.proof(run, content, whole, split)
   merging.check(said, tolerance)
   folder = Path(content.base['path'])
-  contents, notes = _WHOLE[format].write(
-    cfg, tree.unflatten(whole.leaves)['params'], labels=content.labels, kind=content.kind,
-    tokenizer=content.tokenizer, max_length=content.max_length,
-    base=folder if folder.is_dir() else None,
+  model = hf_format.Model(
+    cfg, tree.unflatten(whole.leaves)['params'], content.labels, content.kind, content.tokenizer,
+    content.max_length, folder if folder.is_dir() else None,
   )  # fmt: skip
+  contents, notes = _WHOLE[format].write(model)
   return contents, said, notes
 
 

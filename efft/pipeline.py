@@ -10,7 +10,6 @@ A stage that is finished is not made again: a run that was killed goes on where 
 
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from efft import (
 )
 from efft import config as configs
 from efft.classifier import Classifier
-from efft.compress import slicing
+from efft.compress import dead, slicing
 from efft.compress.base import Prune, Subject
 from efft.data import batches, packages, sources, tokens
 from efft.errors import InputError
@@ -44,7 +43,6 @@ from efft.models import hub
 from efft.models.encoder import EncoderConfig
 from efft.peft import base as peft
 from efft.peft.build import call, family
-from efft.quantize import KERNELS
 from efft.training import losses
 
 log = logging.getLogger(__name__)
@@ -296,15 +294,15 @@ def _carry_out(plan: Mapping, workdir: Path, run: Path | None) -> Iterator[dict]
       row, known = files.read_json(file), None
     else:
       said, known = _judged(folder, before, known)
-      content = bundle.load(folder)
+      content = alone(bundle.load(folder))
       cfg = EncoderConfig.from_dict(content.encoder)
       row = {
         'stage': name, **said,
         'parameters': _parameters(content),
         'layers': cfg.layers, 'heads': sum(cfg.heads), 'units': sum(cfg.mlp),
         'hidden': cfg.hidden, 'words': cfg.vocab_size,
-        **_counted(content),
-        **(files.read_json(folder / 'measured.json') if prune and prune.measure else {}),
+        **_zeros(cfg, content),
+        **(files.read_json(folder / 'results.json') if prune else {}),
         'seconds': round(time.time() - begin, 2),
       }  # fmt: skip
       files.write_json(file, row)
@@ -372,9 +370,8 @@ def _shrink(
     own = config | {'method': method, 'rules': [list(rule) for rule in rules], 'stages': {}}
     own |= {'optim': {}, 'distil': {}}  # nothing trains here
     files.write_json(temp / 'config.json', configs.resolve(own))
-    files.write_json(temp / 'results.json', {'parameters': _parameters(content)})
-    if prune.measure:
-      files.write_json(temp / 'measured.json', prune.measure(subject.dense, cfg, content.dtype))
+    measured = prune.measure(subject.dense, cfg, content.dtype) if prune.measure else {}
+    files.write_json(temp / 'results.json', {'parameters': _parameters(content), **measured})
 
 
 def alone(content: bundle.Bundle) -> bundle.Bundle:
@@ -419,14 +416,12 @@ def _parameters(content: bundle.Bundle) -> int:
   return sum(int(np.prod(x.shape)) for x in alone(content).leaves.values())
 
 
-def _counted(content: bundle.Bundle) -> dict[str, float]:
+def _zeros(cfg: EncoderConfig, content: bundle.Bundle) -> dict[str, float]:
   """{'zeros': the share of the layers' kernels that is exactly 0}, where they are plain floats."""
-  leaves = alone(content).leaves
-  kernels = [x for path, x in leaves.items() if re.fullmatch(KERNELS, path)]
-  if content.method or not all(isinstance(x, np.ndarray) for x in kernels):
+  values = tree.unflatten(content.leaves)
+  if content.method or quantize.held(values):
     return {}
-  zeros = sum(x.size - np.count_nonzero(x) for x in kernels)
-  return {'zeros': round(zeros / max(1, sum(x.size for x in kernels)), 6)}
+  return {'zeros': round(dead.sparsity(cfg, values['params'])['zeros'], 6)}
 
 
 def _card(content: bundle.Bundle, results: dict, workdir: Path) -> str:

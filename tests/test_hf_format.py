@@ -140,11 +140,11 @@ def pruned(architecture, folder):
       }
     )
   )
-  contents, notes = hf_format.write(
+  contents, notes = hf_format.write(hf_format.Model(
     dataclasses.replace(cfg, vocab_size=len(kept)),
     params | {'embed': params['embed'] | {'word': word}},
     labels=LABELS, kind='single', tokenizer=small, max_length=24, base=old,
-  )  # fmt: skip
+  ))  # fmt: skip
   assert len(notes) == 1
   (folder / 'hf').mkdir()
   for name, data in contents.items():

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,53 +75,54 @@ def fits(cfg: EncoderConfig, where: str) -> None:
     )
 
 
-def write(
-  cfg: EncoderConfig,
-  params: Mapping,
-  *,
-  labels: Sequence[str],
-  kind: str,
-  tokenizer: str,
-  max_length: int,
-  base: Path | None,
-) -> tuple[dict[str, bytes], list[str]]:
-  """({file name: content}, notes) of a checkpoint.
+class Model(NamedTuple):
+  """A merged model, and what it is to be written with.
 
-  Args:
-    cfg, params: the merged model.
+  Attributes:
+    cfg, params: the model.
     labels: class names in the order of the logits; () for regression.
     kind: 'single', 'multi' or 'regression'.
     tokenizer: the text of tokenizer.json.
-    max_length: tokens that the model was trained on.
+    max_length: tokens that it was trained on.
     base: folder of the checkpoint that it comes from, for the tokenizer's other files (not those
       that spell out a vocabulary which is larger than the model's); None where that is gone.
+  """
+
+  cfg: EncoderConfig
+  params: Mapping
+  labels: Sequence[str]
+  kind: str
+  tokenizer: str
+  max_length: int
+  base: Path | None = None
+
+
+def write(model: Model) -> tuple[dict[str, bytes], list[str]]:
+  """({file name: content}, notes) of a checkpoint.
 
   Raises:
     InputError: as `check`.
   """
-  check(cfg)
-  whole, params, notes = padded(cfg, params)
-  kind_of_model = f'{CLASSES[cfg.architecture]}ForSequenceClassification'
-  tensors = convert.to_hf(params, whole)
-  contents = {
-    **checkpoint(config(whole, kind_of_model, labels, kind), tensors),
-    **tokenizer_files(cfg, tokenizer, max_length, base),
-  }
-  return contents, notes
+  check(model.cfg)
+  cfg, params, notes = padded(model.cfg, model.params)
+  name = f'{CLASSES[cfg.architecture]}ForSequenceClassification'
+  return checkpoint(model, cfg, name, convert.to_hf(params, cfg)), notes
 
 
-def checkpoint(config: Mapping, tensors: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-  """config.json and model.safetensors."""
-  return {
-    'config.json': json.dumps(config, indent=2).encode() + b'\n',
-    'model.safetensors': foreign.packed(tensors, {'format': 'pt'}),
-  }
-
-
-def tokenizer_files(
-  cfg: EncoderConfig, tokenizer: str, max_length: int, base: Path | None
+def checkpoint(
+  model: Model, cfg: EncoderConfig, name: str, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, bytes]:
-  """What transformers' AutoTokenizer reads; arguments as for `write`."""
+  """The files of transformers' class `name`; `cfg` is the model's, `padded`."""
+  return {
+    'config.json': json.dumps(_config(cfg, name, model), indent=2).encode() + b'\n',
+    'model.safetensors': foreign.packed(tensors, {'format': 'pt'}),
+    **_tokenizer_files(model),
+  }
+
+
+def _tokenizer_files(model: Model) -> dict[str, bytes]:
+  """What transformers' AutoTokenizer reads."""
+  cfg, tokenizer, base = model.cfg, model.tokenizer, model.base
   contents = {'tokenizer.json': tokenizer.encode()}
   pruned = base is not None and _vocab_size(base) not in (None, cfg.vocab_size)
   names = _TOKENIZER if pruned else _TOKENIZER + _VOCABULARY
@@ -135,7 +137,7 @@ def tokenizer_files(
       str(token.pop('id')): token for token in json.loads(tokenizer).get('added_tokens') or ()
     }
   given.pop('auto_map', None)
-  given['model_max_length'] = min(max_length, cfg.max_length)
+  given['model_max_length'] = min(model.max_length, cfg.max_length)
   contents['tokenizer_config.json'] = json.dumps(given, indent=2, ensure_ascii=False).encode()
   return contents
 
@@ -208,12 +210,12 @@ def _tokenizer_config(cfg: EncoderConfig, tokenizer: Mapping) -> dict:
   }
 
 
-def config(cfg: EncoderConfig, name: str, labels: Sequence[str], kind: str) -> dict:
+def _config(cfg: EncoderConfig, name: str, model: Model) -> dict:
   """config.json of transformers' class `name`; `convert.config_from_hf` reads it back."""
-  names = list(labels) or ['LABEL_0']
+  names = list(model.labels) or ['LABEL_0']
   return convert.config_to_hf(cfg) | {
     'architectures': [name],
     'id2label': {str(i): name for i, name in enumerate(names)},
     'label2id': {name: i for i, name in enumerate(names)},
-    'problem_type': _PROBLEMS[kind],
+    'problem_type': _PROBLEMS[model.kind],
   }

@@ -6,8 +6,6 @@ a checkpoint that transformers' AutoModel reads, padded as `hf_format` says.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -30,32 +28,22 @@ def check(cfg: EncoderConfig) -> None:
   hf_format.fits(cfg, _WHERE)
 
 
-def write(
-  cfg: EncoderConfig,
-  params: Mapping,
-  *,
-  labels: Sequence[str],
-  kind: str,
-  tokenizer: str,
-  max_length: int,
-  base: Path | None,
-) -> tuple[dict[str, bytes], list[str]]:
-  """({file name: content}, notes) of a folder; arguments as for `hf_format.write`.
+def write(model: hf_format.Model) -> tuple[dict[str, bytes], list[str]]:
+  """({file name: content}, notes) of a folder.
 
   Raises:
     InputError: as `check`.
   """
-  check(cfg)
-  whole, params, notes = hf_format.padded(cfg, params)
+  check(model.cfg)
+  cfg, params, notes = hf_format.padded(model.cfg, model.params)
   prefix = convert.NAMES[cfg.architecture][0]
   tensors = {
     name.removeprefix(prefix): x
-    for name, x in convert.to_hf(params, whole).items()
+    for name, x in convert.to_hf(params, cfg).items()
     if name.startswith(prefix)
   }
   head = {name: np.asarray(x, np.float32) for name, x in params['head']['out'].items()}
   linear = {'linear.weight': np.ascontiguousarray(head['kernel'].T), 'linear.bias': head['bias']}
-  config = hf_format.config(whole, f'{hf_format.CLASSES[cfg.architecture]}Model', labels, kind)
   modules = [
     {'idx': i, 'name': str(i), 'path': path, 'type': f'sentence_transformers.models.{name}'}
     for i, (path, name) in enumerate(_CLASSES.items())
@@ -65,7 +53,7 @@ def write(
     'in_features': cfg.hidden, 'out_features': cfg.num_labels, 'bias': True,
     'activation_function': sentence.IDENTITY,
   }  # fmt: skip
-  length = min(max_length, cfg.max_length)
+  length = min(model.max_length, cfg.max_length)
   told = {
     sentence.MODULES: modules,
     'sentence_bert_config.json': {'max_seq_length': length, 'do_lower_case': False},
@@ -73,8 +61,7 @@ def write(
     f'{sentence.DENSE}/config.json': dense,
   }
   contents = {
-    **hf_format.checkpoint(config, tensors),
-    **hf_format.tokenizer_files(cfg, tokenizer, max_length, base),
+    **hf_format.checkpoint(model, cfg, f'{hf_format.CLASSES[cfg.architecture]}Model', tensors),
     **{name: json.dumps(value, indent=2).encode() + b'\n' for name, value in told.items()},
     f'{sentence.DENSE}/model.safetensors': foreign.packed(linear, {'format': 'pt'}),
   }

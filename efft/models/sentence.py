@@ -39,19 +39,25 @@ def pooling(folder: Path) -> str:
 def head(folder: Path) -> Path | None:
   """The folder of a linear layer over the mean of all tokens, or None."""
   listed = _modules(folder) or []
-  if [kind for kind, _ in listed[1:]] != ['Pooling', 'Dense']:
-    return None
-  pool, dense = (folder / _inside(folder, place) for _, place in listed[1:])
-  if _mode(weights.read_json(pool / 'config.json')) != 'mean':
-    return None
-  config = weights.read_json(dense / 'config.json')
-  linear = (
+  kinds = [kind for kind, _ in listed]
+  if kinds[1:] == ['Pooling', 'Dense']:
+    pool, dense = (folder / _inside(folder, place) for _, place in listed[1:])
+    over = _mode(weights.read_json(pool / 'config.json'))
+    if over == 'mean' and _linear(weights.read_json(dense / 'config.json')):
+      return dense
+  if 'Dense' in kinds:
+    log.info('%s: the sentence encoder has a Dense layer, which is left out', folder)
+  return None
+
+
+def _linear(config: Mapping) -> bool:
+  """Whether a Dense layer is no more than W x + b of the sentence's vector."""
+  return (
     config.get('activation_function') == IDENTITY
     and config.get('bias', True) is True
     and not config.get('use_residual')
     and config.get('module_input_name', 'sentence_embedding') == 'sentence_embedding'
   )
-  return dense if linear else None
 
 
 def _modules(folder: Path) -> list[tuple[str, object]] | None:

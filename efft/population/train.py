@@ -356,7 +356,7 @@ class _Population:
       log.info('%s: stopped at step %d with %s %.4f', m.workdir, count, name, found[id(m)])
 
   def _finish(self, m: Member, seconds: float) -> dict:
-    (word, last), share = m.ended, 1 / len(self.members)
+    (word, last), share, paced = m.ended, 1 / len(self.members), self._paced(m)
     if word:
       results = {
         'task': m.job.data.name, 'model': m.job.base.name, 'metrics': m.memo.last_metrics,
@@ -370,12 +370,12 @@ class _Population:
       step.State(last, m.config['seed'], own, None), best_step, last,
       m.memo.best_metrics if best_step == m.memo.best_step else m.memo.last_metrics,
       seconds=self.clock.seconds * share, compile_seconds=self.clock.compile_seconds * share,
-      examples_per_second=self.rate if self._paced(m) else 0.0,
+      examples_per_second=self.rate if paced else 0.0,
     )  # fmt: skip
     pieces = self.options['accumulate']
     results = finetune.hand_on(m.job, fit, m.workdir, seconds * share, accumulate=pieces)
     results |= {'population': len(self.members)}
-    results |= {'step': self.cost} if self._paced(m) else {}
+    results |= {'step': self.cost} if paced else {}
     if m.config['task']['halves']:
       results['report'] = self._score(m, weights, 'report')
     finetune.finish(m.job, results, m.workdir)

@@ -118,11 +118,9 @@ def everywhere(text: str, rows, places: dict[str, list]) -> claims.Claim:
       worst.append(
         (order.index(claim.verdict), mean, claim._replace(found=f'{name}: {claim.found}'))
       )
-  return (
-    min(worst, key=lambda each: each[:2])[2]
-    if worst
-    else claims.Claim(text, 'no runs', claims.OPEN)
-  )
+  if not worst:
+    return claims.Claim(text, 'no runs', claims.OPEN)
+  return min(worst, key=lambda each: each[:2])[2]
 
 
 def judged(rows: pd.DataFrame) -> list[claims.Claim]:

@@ -22,6 +22,7 @@ from efft.errors import InputError
 
 RUN = flags.DEFINE_string('run', None, 'run folder', required=True)
 SPLIT = flags.DEFINE_string('split', 'validation', 'split of its task')
+SENTENCES = 'sentence-transformers'
 AUTO = transformers.AutoModelForSequenceClassification
 
 
@@ -46,22 +47,17 @@ def adapterhub(folder, base, labels):
   return model
 
 
-def sentences(folder, base, labels):
+LOADERS = {'hf': whole, 'peft': peft, 'adapterhub': adapterhub}
+
+
+def by_sentence_transformers(folder, part) -> np.ndarray:
   from sentence_transformers import SentenceTransformer
 
-  del base, labels
-  return SentenceTransformer(str(folder), device='cpu')
+  pairs = part.pairs and list(map(list, zip(part.texts, part.pairs, strict=True)))
+  return SentenceTransformer(str(folder), device='cpu').encode(pairs or part.texts)
 
 
-LOADERS = {
-  'hf': whole, 'sentence-transformers': sentences, 'peft': peft, 'adapterhub': adapterhub,
-}  # fmt: skip
-
-
-def logits(model, tokenizer, part, length: int) -> np.ndarray:
-  if hasattr(model, 'encode'):
-    pairs = part.pairs and list(map(list, zip(part.texts, part.pairs, strict=True)))
-    return model.encode(pairs or part.texts)
+def by_transformers(model, tokenizer, part, length: int) -> np.ndarray:
   found = []
   with torch.no_grad():
     for i in range(0, len(part), 32):
@@ -81,7 +77,7 @@ def main(argv):
   expected = Classifier.load(RUN.value).logits(part.texts, part.pairs)
   accuracy = np.mean(expected.argmax(-1) == part.labels)
   print(f'efft: {len(part)} rows, accuracy {accuracy:.4f}')
-  for form, load in LOADERS.items():
+  for form in (*LOADERS, SENTENCES):
     with tempfile.TemporaryDirectory() as scratch:
       try:
         exchange.export(RUN.value, Path(scratch) / form, form, split=SPLIT.value)
@@ -89,12 +85,16 @@ def main(argv):
         print(f'{form}: refused: {error}')
         continue
       try:
-        model = load(Path(scratch) / form, content.base['path'], len(content.labels)).eval()
+        folder, base = Path(scratch) / form, content.base['path']
+        if form == SENTENCES:
+          found = by_sentence_transformers(folder, part)
+        else:
+          model = LOADERS[form](folder, base, len(content.labels)).eval()
+          tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+          found = by_transformers(model, tokenizer, part, content.max_length)
       except ImportError as error:
         print(f'{form}: not compared: {error}')
         continue
-      tokenizer = transformers.AutoTokenizer.from_pretrained(content.base['path'])
-      found = logits(model, tokenizer, part, content.max_length)
     same = int(np.sum(found.argmax(-1) == expected.argmax(-1)))
     print(
       f'{form} (transformers {transformers.__version__}): {same} of {len(part)} predictions are '

@@ -26,10 +26,10 @@ seed, {steps} steps of 16 at 1e-4; every chain of stages starts from that run an
 has pruned, by as many steps as the table says (block and cofi learn masks for {steps} of them,
 movement for all; ziplm trains after each of its speed-ups, which its stages name). `none` prunes
 nothing and trains on: `of the unpruned` is test accuracy in percent of what it has with that seed
-after as many steps. `+distil` has the unpruned run as its
-teacher, by its logits, ziplm also by its hidden states, token by token. Each stage begins anew with
-the first batches of its order, so that most stages see examples that the base run has seen. Sizes
-and rates are fixed beforehand. Mean and standard deviation over seeds.
+after as many steps. `+distil` has the unpruned run as its teacher, by its logits, ziplm also by its
+hidden states, token by token. Each stage begins anew with the first batches of its order, so that
+most stages see examples that the base run has seen. Sizes and rates are fixed beforehand. Mean and
+standard deviation over seeds.
 
 `speed-up`: of the forward pass in float32 against the unpruned model's on the same core, measured
 in turn, 32 texts of 64 tokens and one; `by the table`: what the latency table of single blocks

@@ -32,8 +32,8 @@ two, for FT, Adapter^S, Child-Tuning_D and MAM, and for the others in `experimen
 an adapter's width and a prefix' network are not the survey's. Cut: QQP, MNLI, QNLI and RTE, the
 large model, generation, whole epochs; `paper.py` asks for the models, the tasks and the epochs.
 Within a few hundred steps what learns slowly is behind for that alone: a disagreement is about such
-budgets. Where ° stands, all seeds
-score exactly alike, or not above 0: one class for all, nothing was learnt.
+budgets. Where ° stands, all seeds score exactly alike, or not above 0: one class for all, nothing
+was learnt.
 
 `#TP` counts as the survey seems to: all that trains, masks by their scores, the head included but
 for Adapter^S and MAM, nothing for Child-Tuning_D. `trained`, `stored` (what 32 bits hold in the
